@@ -1,0 +1,1 @@
+"""The model: neighbours, AEV, stacked committee, forces and stress, kernels, model files."""

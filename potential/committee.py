@@ -1,0 +1,285 @@
+"""What does the committee say about a batch of structures: energies, forces, stress, and how far its members differ?
+
+All members are one stack of parameters. They share neighbours, AEVs and the features behind the derivatives.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from potential.aev import AEVParameters
+from potential.config import PotentialSettings
+from potential.forces import atomic_forces, pair_forces, virials
+from potential.kernels import aev_forward
+from potential.neighbours import Neighbours, find_neighbours, pair_vectors
+from potential.structures import Structures
+
+if TYPE_CHECKING:
+    from potential.calculator import CommitteeCalculator
+
+__all__ = ["CELU_ALPHA", "Committee", "Evaluation"]
+
+CELU_ALPHA = 0.1
+LOWEST_ACTIVATION = -40 * CELU_ALPHA  # exp(-40) is as good as 0, exp(-90) would be a denormal number, and slow
+ATOMS_PER_BLOCK = 128  # rows of the networks' matrices at a time: their intermediates stay in the cache
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Hold what M members say about B structures with N atoms in all.
+
+    energy_members: (M, B), eV, float64, with self energies. forces_mean: (N, 3), forces_members: (M, N, 3), eV/A.
+    stress: (B, 3, 3), mean over members, stress_members: (M, B, 3, 3), eV/A^3, not a number where the cell has no
+    volume. n_atoms: (B,). What was not asked for is None.
+    """
+
+    n_atoms: torch.Tensor
+    energy_members: torch.Tensor
+    forces_mean: torch.Tensor | None = None
+    forces_members: torch.Tensor | None = None
+    stress: torch.Tensor | None = None
+    stress_members: torch.Tensor | None = None
+
+    @property
+    def energy(self) -> torch.Tensor:
+        """(B,), eV: mean over members."""
+        return self.energy_members.mean(0)
+
+    def energy_spread(self) -> torch.Tensor:
+        """(B,), eV: population standard deviation over members of the total energy / sqrt(n_atoms)."""
+        return self.energy_members.std(0, correction=0) / self.n_atoms.sqrt()
+
+    def force_spread(self) -> torch.Tensor:
+        """(N, 3), eV/A: population standard deviation over members of each component.
+
+        Raises ValueError when forces of the members were not asked for.
+        """
+        if self.forces_members is None:
+            raise ValueError('force_spread: evaluate with forces="members"')
+        return self.forces_members.std(0, correction=0)
+
+
+class _Network(torch.nn.Module):
+    """Networks of all members for one element: linear layers with CELU between them, one output, eV."""
+
+    def __init__(self, n_members: int, n_inputs: int, hidden: Sequence[int]) -> None:
+        super().__init__()
+        widths = [n_inputs, *hidden, 1]
+        pairs = list(itertools.pairwise(widths))
+        self.weights = torch.nn.ParameterList(torch.zeros(n_members, out, n) for n, out in pairs)
+        self.biases = torch.nn.ParameterList(torch.zeros(n_members, out) for _, out in pairs)
+
+    def _hidden(self, aev: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Last hidden layer, (M, n, H), and the slopes of the activations of all layers."""
+        weights, biases = list(self.weights), list(self.biases)
+        # All members read the same input, so their first layer is one matrix product.
+        value = torch.nn.functional.linear(aev, weights[0].flatten(0, 1), biases[0].flatten())
+        value = value.unflatten(1, weights[0].shape[:2]).transpose(0, 1)
+        slopes = []
+        for layer in range(1, len(weights)):
+            value, slope = _celu(value)
+            slopes.append(slope)
+            if layer < len(weights) - 1:
+                value = torch.baddbmm(biases[layer][:, None], value, weights[layer].transpose(1, 2))
+        return value, slopes
+
+    def forward(self, aev: torch.Tensor) -> torch.Tensor:
+        """(M, n), eV, from (n, L)."""
+        value, _ = self._hidden(aev)
+        return self._output(value)
+
+    def _output(self, value: torch.Tensor) -> torch.Tensor:
+        energy: torch.Tensor = torch.bmm(value, self.weights[-1].transpose(1, 2)).squeeze(2) + self.biases[-1]
+        return energy
+
+    def with_gradient(self, aev: torch.Tensor, mean: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        """Energies (M, n), and dE/dAEV, (M, n, L), or its mean over members, (1, n, L).
+
+        The gradient is written out rather than left to autograd, so that training differentiates it only once.
+        """
+        value, slopes = self._hidden(aev)
+        gradient = slopes[-1] * self.weights[-1]
+        for layer in range(len(slopes) - 1, 0, -1):
+            gradient = torch.bmm(gradient, self.weights[layer]) * slopes[layer - 1]
+        first = self.weights[0]
+        if mean:
+            joined = gradient.transpose(0, 1).flatten(1) @ first.flatten(0, 1)
+            return self._output(value), joined[None] / len(first)
+        return self._output(value), torch.bmm(gradient, first)
+
+
+def _celu(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """max(x, 0) + alpha (exp(min(x, 0) / alpha) - 1), and its derivative."""
+    slope = (x.clamp(min=LOWEST_ACTIVATION, max=0) * (1 / (CELU_ALPHA * math.log(2)))).exp2()
+    return torch.add(x.relu(), slope - 1, alpha=CELU_ALPHA), slope
+
+
+class Committee(torch.nn.Module):
+    """Hold M stacks of per-element networks behind one AEV.
+
+    elements: symbols, in the order of `species`. self_energies: (n_elements,), eV, float64 whatever the dtype of the
+    networks. digest: of the file it was loaded from or saved to, else "".
+    """
+
+    self_energies: torch.Tensor
+
+    def __init__(
+        self, elements: Sequence[str], aev: AEVParameters, hidden: Sequence[Sequence[int]], n_members: int
+    ) -> None:
+        """Parameters are zero. hidden: widths of the hidden layers, one sequence per element."""
+        super().__init__()
+        if not (len(elements) == len(hidden) == aev.n_species) or n_members < 1:
+            raise ValueError(
+                f"committee: {len(elements)} elements, {len(hidden)} networks, {aev.n_species} species in the AEV, "
+                f"{n_members} members; the first three must be equal and the last at least 1"
+            )
+        self.elements = tuple(elements)
+        self.aev = aev
+        self.hidden = tuple(tuple(widths) for widths in hidden)
+        self.n_members = n_members
+        self.self_energies = torch.zeros(len(elements), dtype=torch.float64)
+        self.digest = ""
+        self.networks = torch.nn.ModuleList(_Network(n_members, aev.length, widths) for widths in hidden)
+
+    @classmethod
+    def from_settings(cls, settings: PotentialSettings, elements: Sequence[str], seed: int) -> Committee:
+        """Make a committee with random weights; member m depends on (seed, m) alone.
+
+        Raises ValueError when settings.hidden_by_element names an element that is not among `elements`.
+        """
+        unknown = set(settings.hidden_by_element) - set(elements)
+        if unknown:
+            raise ValueError(f"hidden_by_element names {sorted(unknown)}: elements are {list(elements)}")
+        hidden = [settings.hidden_by_element.get(element, settings.hidden) for element in elements]
+        aev = AEVParameters.from_settings(settings, len(elements))
+        committee = cls(elements, aev, hidden, settings.n_members)
+        committee.reset_parameters(seed)
+        return committee
+
+    @torch.no_grad()
+    def reset_parameters(self, seed: int) -> None:
+        """Draw weights from a normal distribution of variance 1 / n_inputs; biases are zero."""
+        for member in range(self.n_members):
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + member)
+            for network in self._stacks():
+                for weight, bias in zip(network.weights, network.biases, strict=True):
+                    drawn = torch.randn(weight.shape[1:], generator=generator, dtype=torch.float64)
+                    weight[member] = drawn / weight.shape[2] ** 0.5
+                    bias[member] = 0.0
+
+    @property
+    def cutoff_A(self) -> float:
+        """Within which atoms matter to each other."""
+        return max(self.aev.radial_cutoff_A, self.aev.angular_cutoff_A)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def atomic_energies(self, aev: torch.Tensor, species: torch.Tensor) -> torch.Tensor:
+        """(M, N), eV, without self energies. aev: (N, L). species: (N,). Differentiable by parameters and aev."""
+        parts = [network(rows) for network, rows in self._by_element(aev, species)]
+        return self._in_order(parts, species)
+
+    def atomic_energies_and_gradient(
+        self, aev: torch.Tensor, species: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Energies (M, N) and dE/dAEV (M, N, L), eV. Both are differentiable by the parameters."""
+        parts = [network.with_gradient(rows) for network, rows in self._by_element(aev, species)]
+        energies, gradients = zip(*parts, strict=True)
+        return self._in_order(energies, species), self._in_order(gradients, species)
+
+    def total_energies(self, atomic: torch.Tensor, structures: Structures) -> torch.Tensor:
+        """(M, B), eV, float64: atomic energies (M, N) summed over each structure, with self energies."""
+        atomic = atomic.double() + self.self_energies.to(atomic.device)[structures.species]
+        total = atomic.new_zeros(len(atomic), structures.n_frames)
+        return total.index_add(1, structures.frame_of_atom, atomic)
+
+    @torch.no_grad()
+    def evaluate(
+        self,
+        structures: Structures,
+        neighbours: Neighbours | None = None,
+        *,
+        forces: Literal["none", "mean", "members"] = "mean",
+        stress: bool = False,
+    ) -> Evaluation:
+        """Evaluate all members. Pairs beyond the cutoff (of a skin list) may be among `neighbours`.
+
+        The work is done in the dtype of the networks; positions may be float64 beside float32 networks, so that
+        nothing is lost in large cells.
+        """
+        if neighbours is None:
+            neighbours = find_neighbours(structures, self.cutoff_A)
+        vec = pair_vectors(structures, neighbours).to(self.dtype)
+        species_other = structures.species.index_select(0, neighbours.other)
+        aev = aev_forward(vec, neighbours.row, species_other, self.aev)
+        if forces == "none" and not stress:
+            return Evaluation(structures.n_atoms, self.total_energies(self._energies(aev, structures), structures))
+        atomic, gradient = self._blockwise(aev, structures.species, mean=forces != "members")
+        pair = pair_forces(gradient, vec, neighbours.row, species_other, self.aev)
+        by_atom = None if forces == "none" else atomic_forces(pair, neighbours)
+        strained = _stress(virials(pair, vec, structures, neighbours), structures) if stress else None
+        return Evaluation(
+            n_atoms=structures.n_atoms,
+            energy_members=self.total_energies(atomic, structures),
+            forces_mean=None if by_atom is None else by_atom.mean(0),
+            forces_members=by_atom if forces == "members" else None,
+            stress=None if strained is None else strained.mean(0),
+            stress_members=strained if forces == "members" else None,
+        )
+
+    def calculator(self, dtype: str = "float64", skin_A: float = 1.0) -> CommitteeCalculator:
+        """An ASE calculator. It works on a copy of the committee in `dtype`, "float32" or "float64"."""
+        # ASE's calculators are only needed here, and batched MD must not pay for importing them.
+        from potential.calculator import CommitteeCalculator
+
+        return CommitteeCalculator(self, dtype=dtype, skin_A=skin_A)
+
+    def _energies(self, aev: torch.Tensor, structures: Structures) -> torch.Tensor:
+        blocks = zip(aev.split(ATOMS_PER_BLOCK), structures.species.split(ATOMS_PER_BLOCK), strict=True)
+        return torch.cat([self.atomic_energies(rows, species) for rows, species in blocks], 1)
+
+    def _blockwise(self, aev: torch.Tensor, species: torch.Tensor, mean: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Atomic energies (M, N), and dE/dAEV (M, N, L) or its mean over members (1, N, L)."""
+        energies = aev.new_empty(self.n_members, len(aev))
+        gradient = aev.new_empty(1 if mean else self.n_members, *aev.shape)
+        for element, network in enumerate(self._stacks()):
+            atoms = (species == element).nonzero().squeeze(1)
+            for block in atoms.split(ATOMS_PER_BLOCK):
+                energies[:, block], gradient[:, block] = network.with_gradient(aev.index_select(0, block), mean)
+        return energies, gradient
+
+    def _by_element(self, aev: torch.Tensor, species: torch.Tensor) -> Iterator[tuple[_Network, torch.Tensor]]:
+        """Each element's networks with the AEVs of its atoms."""
+        if len(self.elements) == 1:
+            yield self._stacks()[0], aev
+            return
+        for element, network in enumerate(self._stacks()):
+            yield network, aev.index_select(0, (species == element).nonzero().squeeze(1))
+
+    def _in_order(self, parts: Sequence[torch.Tensor], species: torch.Tensor) -> torch.Tensor:
+        """Join what _by_element took apart, back into the order of the atoms; atoms are the second axis."""
+        if len(parts) == 1:
+            return parts[0]
+        place = species.argsort(stable=True).argsort()
+        return torch.cat(list(parts), 1).index_select(1, place)
+
+    def _stacks(self) -> list[_Network]:
+        return [network for network in self.networks if isinstance(network, _Network)]
+
+
+def _stress(virial: torch.Tensor, structures: Structures) -> torch.Tensor:
+    """(M, B, 3, 3), eV/A^3; not a number where the cell has no volume."""
+    volume = structures.volume.to(virial.dtype)
+    return virial / torch.where(volume > 0, volume, torch.nan)[:, None, None]

@@ -1,0 +1,88 @@
+"""Which implementation of the AEV and its products runs? The fastest there is for these tensors; callers never know.
+
+`reference` (plain PyTorch) defines the answer; `native` (C++) is used for tensors on the CPU when it was built. The
+environment variable SMELT_KERNELS=reference|native forces one of them, for tests.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import warnings
+from types import ModuleType
+
+import torch
+
+from potential.aev import AEVParameters
+from potential.kernels import reference
+
+__all__ = ["aev_forward", "aev_jvp", "aev_vjp", "implementation", "native_available"]
+
+
+def aev_forward(vec: torch.Tensor, row: torch.Tensor, species_other: torch.Tensor, p: AEVParameters) -> torch.Tensor:
+    """AEVs of all atoms, (N, L).
+
+    vec: (E, 3), A, from each centre to its neighbours, sorted by centre. row: (N + 1,), pairs of atom i are
+    row[i] .. row[i + 1]. species_other: (E,), species of the neighbours. Pairs beyond a cutoff add exactly 0.
+    """
+    aev: torch.Tensor = _kernels(vec).aev_forward(vec, row, species_other, p)
+    return aev
+
+
+def aev_vjp(
+    vec: torch.Tensor, row: torch.Tensor, species_other: torch.Tensor, cotangent: torch.Tensor, p: AEVParameters
+) -> torch.Tensor:
+    """J^T: derivative of <cotangent_m, aev> by vec, (M, E, 3). cotangent: (M, N, L)."""
+    product: torch.Tensor = _kernels(vec).aev_vjp(vec, row, species_other, cotangent, p)
+    return product
+
+
+def aev_jvp(
+    vec: torch.Tensor, row: torch.Tensor, species_other: torch.Tensor, tangent: torch.Tensor, p: AEVParameters
+) -> torch.Tensor:
+    """J: change of the AEVs when vec changes by tangent_m, (M, N, L). tangent: (M, E, 3)."""
+    product: torch.Tensor = _kernels(vec).aev_jvp(vec, row, species_other, tangent, p)
+    return product
+
+
+def implementation(vec: torch.Tensor) -> str:
+    """Name of the module that would work on tensors like this one."""
+    return _kernels(vec).__name__.rpartition(".")[2]
+
+
+def _kernels(vec: torch.Tensor) -> ModuleType:
+    forced = os.environ.get("SMELT_KERNELS", "")
+    if forced not in ("", "reference", "native"):
+        raise ValueError(f"SMELT_KERNELS = {forced!r}: must be reference or native")
+    if forced == "reference" or vec.device.type != "cpu":
+        return reference
+    native = _native()
+    if native is not None:
+        return native
+    if forced == "native":
+        raise RuntimeError("SMELT_KERNELS = native: the C++ kernels are not built; reinstall smelt with a compiler")
+    return reference
+
+
+def native_available() -> bool:
+    """Whether the C++ kernels were built."""
+    return _find_native()[0] is not None
+
+
+@functools.cache
+def _native() -> ModuleType | None:
+    """The C++ kernels, or None after one warning."""
+    module, reason = _find_native()
+    if module is None:
+        message = f"no C++ kernels ({reason}): the plain PyTorch ones are used, several times slower"
+        warnings.warn(message, RuntimeWarning, stacklevel=4)
+    return module
+
+
+@functools.cache
+def _find_native() -> tuple[ModuleType | None, str]:
+    try:
+        from potential.kernels import native
+    except ImportError as error:
+        return None, str(error)
+    return (native, "") if native.available() else (None, "not built at installation")

@@ -1,0 +1,345 @@
+"""What exactly is the AEV, and what are its products with J and J^T? Plain PyTorch; other kernels are held to it.
+
+Atoms are taken in blocks, their neighbours padded to the longest list of the block and sorted by species, so that all
+work is dense: bounded memory, no index per triple. Within a pair of species the angular part of an atom is F1^T F2, a
+product of two matrices over its triples,
+
+    F1[t, a] = exp(-EtaA (x_t - ShfA_a)^2),  x = (r_ij + r_ik) / 2
+    F2[t, z] = ((1 + cos(theta_t - ShfZ_z)) / 2)^Zeta
+    f[t]     = 2 fc(r_ij) fc(r_ik)
+
+and the products with J and J^T are products of the same matrices and their derivatives. Derivatives are analytic and
+features are computed again rather than stored.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from potential.aev import ANGLE_SCALE, AEVParameters
+
+__all__ = ["aev_forward", "aev_jvp", "aev_vjp"]
+
+RADIAL_PREFACTOR = 0.25
+# Powers of 2: torch's exp2 is 3 times faster than its exp on some CPUs, and nowhere slower.
+LOG2_E = 1 / math.log(2)
+# 2^-58 = 3e-18 is below the rounding of a double beside 1. Without the floor, far Gaussians and their products
+# are denormal numbers, on which the CPU is some 50 times slower.
+LOWEST_EXPONENT = -58.0
+SHORTEST_A = 1e-6  # atoms on the same spot: finite, instead of not a number
+TRIPLES_PER_BLOCK = 30_000  # a block's features stay in the cache
+PAIRS_PER_BLOCK = 8_000
+
+
+def aev_forward(vec: torch.Tensor, row: torch.Tensor, species_other: torch.Tensor, p: AEVParameters) -> torch.Tensor:
+    """(N, L). vec: (E, 3), A, sorted by centre; row: (N + 1,); species_other: (E,). Pairs beyond a cutoff add 0."""
+    aev = vec.new_zeros(len(row) - 1, p.length)
+    for block in _blocks(vec, row, species_other, p):
+        out = vec.new_zeros(len(block.atoms), p.length)
+        for columns, shell in block.radial(p):
+            torch.sum(shell.features(p), 1, out=out[:, columns])
+        for columns, wedge in block.angular(p):
+            first, second = wedge.features()
+            first *= wedge.weight
+            out[:, columns] = torch.bmm(first.transpose(0, 1), second.permute(1, 2, 0)).flatten(1)
+        aev.index_copy_(0, block.atoms, out)
+    return aev
+
+
+def aev_vjp(
+    vec: torch.Tensor, row: torch.Tensor, species_other: torch.Tensor, cotangent: torch.Tensor, p: AEVParameters
+) -> torch.Tensor:
+    """(M, E, 3): d<cotangent_m, aev>/dvec. cotangent: (M, N, L)."""
+    n_members, n_pairs = len(cotangent), len(vec)
+    # One row more than there are pairs takes what padding writes.
+    stretch = vec.new_zeros(n_members, n_pairs + 1)
+    turn = vec.new_zeros(n_members, n_pairs + 1, 3)
+    for block in _blocks(vec, row, species_other, p):
+        weights = cotangent.index_select(1, block.atoms)
+        for columns, shell in block.radial(p):
+            slope = torch.bmm(shell.slopes(p), weights[:, :, columns].permute(1, 2, 0))
+            stretch[:, shell.index] += slope.permute(2, 0, 1)
+        for columns, wedge in block.angular(p):
+            features = wedge.features_and_bend()
+            for member in range(n_members):
+                weight = weights[member, :, columns].unflatten(1, (len(p.angular_shifts), len(p.angle_shifts)))
+                wedge.pull_back(features, weight, stretch[member], turn[member])
+    return _assemble(vec, stretch[:, :-1], turn[:, :-1])
+
+
+def aev_jvp(
+    vec: torch.Tensor, row: torch.Tensor, species_other: torch.Tensor, tangent: torch.Tensor, p: AEVParameters
+) -> torch.Tensor:
+    """(M, N, L): d aev . tangent_m. tangent: (M, E, 3), change of vec."""
+    n_members = len(tangent)
+    out = vec.new_zeros(n_members, len(row) - 1, p.length)
+    distance = vec.norm(dim=1).clamp_(min=SHORTEST_A)
+    unit = vec / distance[:, None]
+    stretch = (tangent * unit).sum(2)
+    turn = (tangent - stretch[:, :, None] * unit) / distance[:, None]
+    stretch = torch.nn.functional.pad(stretch, (0, 1))
+    turn = torch.nn.functional.pad(turn, (0, 0, 0, 1))
+    for block in _blocks(vec, row, species_other, p):
+        block_out = vec.new_zeros(n_members, len(block.atoms), p.length)
+        for columns, shell in block.radial(p):
+            change = torch.bmm(stretch[:, shell.index].transpose(0, 1), shell.slopes(p))
+            block_out[:, :, columns] = change.transpose(0, 1)
+        for columns, wedge in block.angular(p):
+            features = wedge.features_and_bend()
+            for member in range(n_members):
+                change = wedge.push_forward(features, stretch[member], turn[member])
+                block_out[member, :, columns] = change.flatten(1)
+        out.index_copy_(1, block.atoms, block_out)
+    return out
+
+
+def _assemble(vec: torch.Tensor, stretch: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
+    """Gradient by vec from those by length (M, E) and by direction (M, E, 3)."""
+    distance = vec.norm(dim=1, keepdim=True).clamp_(min=SHORTEST_A)
+    unit = vec / distance
+    along = (turn * unit).sum(2, keepdim=True)
+    gradient: torch.Tensor = (turn - along * unit).div_(distance).add_(stretch[:, :, None] * unit)
+    return gradient
+
+
+def _cutoff(distance: torch.Tensor, cutoff_A: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """fc and its derivative."""
+    angle = distance * (torch.pi / cutoff_A)
+    return angle.cos().mul_(0.5).add_(0.5), angle.sin().mul_(-0.5 * torch.pi / cutoff_A)
+
+
+@dataclass(frozen=True)
+class _Shell:
+    """Neighbours of one species of the atoms of a block, padded to the longest list: (n, K) and (n, K, 3).
+
+    Padding has index E, length 1, and zero direction and cutoff function, so that it adds nothing anywhere.
+    """
+
+    index: torch.Tensor  # (n, K), into the pairs
+    distance: torch.Tensor
+    unit: torch.Tensor
+    fc: torch.Tensor
+    dfc: torch.Tensor
+
+    def _gaussians(self, p: AEVParameters) -> tuple[torch.Tensor, torch.Tensor]:
+        """(n, K, R): distance from the shift, and the Gaussian."""
+        apart = self.distance[:, :, None] - self.distance.new_tensor(p.radial_shifts)
+        gaussian = apart.square().mul_(-LOG2_E * p.eta_radial).clamp_(min=LOWEST_EXPONENT).exp2_()
+        return apart, gaussian
+
+    def features(self, p: AEVParameters) -> torch.Tensor:
+        _, gaussian = self._gaussians(p)
+        return gaussian.mul_(RADIAL_PREFACTOR * self.fc[:, :, None])
+
+    def slopes(self, p: AEVParameters) -> torch.Tensor:
+        """(n, K, R): derivative of the features by distance."""
+        apart, gaussian = self._gaussians(p)
+        slope = apart.mul_(-2 * p.eta_radial * self.fc[:, :, None]).add_(self.dfc[:, :, None])
+        return slope.mul_(gaussian).mul_(RADIAL_PREFACTOR)
+
+
+class _Wedge:
+    """All triples of a block's atoms with one neighbour out of each of two shells: (n, T).
+
+    Features have their bins first, (A, n, T) and (Z, n, T): long rows vectorise, rows of 8 do not (5 times slower).
+    """
+
+    def __init__(self, left: _Shell, right: _Shell, p: AEVParameters) -> None:
+        self.left, self.right, self.p = left, right, p
+        self.same = left is right
+        shape = left.distance.shape[1], right.distance.shape[1]
+        device = left.distance.device
+        pairs = torch.ones(shape, dtype=torch.bool, device=device).triu_(1 if self.same else -shape[0])
+        self.left_of, self.right_of = pairs.nonzero().unbind(1)
+        self.pair = self.left_of * shape[1] + self.right_of
+        self.weight = self._of_left(left.fc).mul_(2).mul_(self._of_right(right.fc))
+        self.mean = self._of_left(left.distance).add_(self._of_right(right.distance)).mul_(0.5)
+        self.cosine = self._of_both(torch.bmm(left.unit, right.unit.transpose(1, 2))).mul_(ANGLE_SCALE)
+
+    def _of_left(self, values: torch.Tensor) -> torch.Tensor:
+        return values.index_select(1, self.left_of)
+
+    def _of_right(self, values: torch.Tensor) -> torch.Tensor:
+        return values.index_select(1, self.right_of)
+
+    def _of_both(self, values: torch.Tensor) -> torch.Tensor:
+        """(n, K, K') -> (n, T)."""
+        return values.flatten(1).index_select(1, self.pair)
+
+    def features(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """F1 (A, n, T) without its factor f, and F2 (Z, n, T)."""
+        first, second, _ = self._features()
+        return first, second
+
+    def features_and_bend(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """F1, F2, and the derivative of F2 by the cosine of the unscaled angle."""
+        first, second, half = self._features()
+        # theta = acos(c): d cos(theta - s) / dc = cos s - sin s cos(theta) / sin(theta)
+        shift = self._column(self.p.angle_shifts)
+        bend = (self.cosine / self.sine).mul_(-0.5 * ANGLE_SCALE * self.p.zeta) * shift.sin()
+        bend += 0.5 * ANGLE_SCALE * self.p.zeta * shift.cos()
+        return first, second, bend.mul_(second).div_(half)
+
+    def _features(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """F1, F2, and (1 + cos(theta - ShfZ)) / 2, by the addition theorem, floored against the log of 0."""
+        first = self.mean - self._column(self.p.angular_shifts)
+        first.square_().mul_(-LOG2_E * self.p.eta_angular).clamp_(min=LOWEST_EXPONENT).exp2_()
+        self.sine = (1 - self.cosine.square()).sqrt_()
+        shift = self._column(self.p.angle_shifts)
+        half = self.cosine * (0.5 * shift.cos())
+        half.addcmul_(self.sine, 0.5 * shift.sin()).add_(0.5).clamp_(min=torch.finfo(half.dtype).eps)
+        second = half.log2().mul_(self.p.zeta).clamp_(min=LOWEST_EXPONENT).exp2_()
+        return first, second, half
+
+    def _column(self, values: tuple[float, ...]) -> torch.Tensor:
+        return self.mean.new_tensor(values)[:, None, None]
+
+    def pull_back(
+        self,
+        features: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        weight: torch.Tensor,
+        stretch: torch.Tensor,
+        turn: torch.Tensor,
+    ) -> None:
+        """Add the gradient of <weight (n, A, Z), F1^T f F2> to that by length (E + 1,) and direction (E + 1, 3)."""
+        first, second, bend = (feature.transpose(0, 1) for feature in features)
+        by_first = torch.bmm(weight, second).mul_(first)
+        shifts = self.mean.new_tensor(self.p.angular_shifts)
+        total, shifted = torch.matmul(torch.stack([torch.ones_like(shifts), shifts]), by_first).unbind(1)
+        by_mean = shifted.sub_(self.mean * total).mul_(self.weight).mul_(self.p.eta_angular)  # half of that by x
+        by_cosine = torch.bmm(weight.transpose(1, 2), first).mul_(bend).sum(1).mul_(self.weight)
+        triples = self._square(torch.stack([total.mul_(2), by_mean, by_cosine]))
+        _reduce(self.left, self.right, triples, stretch, turn)
+        if not self.same:
+            _reduce(self.right, self.left, triples.transpose(2, 3), stretch, turn)
+
+    def _square(self, values: torch.Tensor) -> torch.Tensor:
+        """(k, n, T) -> (k, n, K, K'), symmetric when both shells are one."""
+        shape = self.left.distance.shape[1], self.right.distance.shape[1]
+        flat = values.new_zeros(*values.shape[:2], shape[0] * shape[1]).index_copy_(2, self.pair, values)
+        if self.same:
+            flat.index_copy_(2, self.right_of * shape[1] + self.left_of, values)
+        return flat.view(*values.shape[:2], *shape)
+
+    def push_forward(
+        self,
+        features: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        stretch: torch.Tensor,
+        turn: torch.Tensor,
+    ) -> torch.Tensor:
+        """(n, A, Z): change of F1^T f F2 when lengths change by stretch (E + 1,) and directions by turn (E + 1, 3)."""
+        first, second, bend = features
+        left, right = self.left, self.right
+        left_stretch, right_stretch = stretch[left.index], stretch[right.index]
+        by_mean = self._of_left(left_stretch).add_(self._of_right(right_stretch)).mul_(self.weight)
+        by_mean *= -self.p.eta_angular
+        weight = self._of_left(left.dfc * left_stretch).mul_(self._of_right(right.fc))
+        weight.addcmul_(self._of_left(left.fc), self._of_right(right.dfc * right_stretch)).mul_(2)
+        weight.addcmul_(self.mean, by_mean)
+        cosine = torch.bmm(turn[left.index], right.unit.transpose(1, 2))
+        cosine.baddbmm_(left.unit, turn[right.index].transpose(1, 2))
+        change = (weight - self._column(self.p.angular_shifts) * by_mean).mul_(first)
+        out = torch.bmm(change.transpose(0, 1), second.permute(1, 2, 0))
+        bent = first * self._of_both(cosine).mul_(self.weight)
+        return out.baddbmm_(bent.transpose(0, 1), bend.permute(1, 2, 0))
+
+
+def _reduce(shell: _Shell, partner: _Shell, triples: torch.Tensor, stretch: torch.Tensor, turn: torch.Tensor) -> None:
+    """Add derivatives by cutoff functions, mean length and cosine of triples, (3, n, K, K'), to those by pairs."""
+    by_cutoff, by_mean, by_cosine = triples
+    by_length = torch.bmm(by_cutoff, partner.fc[:, :, None]).squeeze(2).mul_(shell.dfc).add_(by_mean.sum(2))
+    stretch[shell.index] += by_length
+    turn[shell.index] += torch.bmm(by_cosine, partner.unit)
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Some atoms with their neighbours within each cutoff, one shell per species."""
+
+    atoms: torch.Tensor
+    near: list[_Shell]
+    nearest: list[_Shell]
+
+    def radial(self, p: AEVParameters) -> Iterator[tuple[slice, _Shell]]:
+        width = len(p.radial_shifts)
+        for species, shell in enumerate(self.near):
+            if shell.index.shape[1] > 0:
+                yield slice(species * width, (species + 1) * width), shell
+
+    def angular(self, p: AEVParameters) -> Iterator[tuple[slice, _Wedge]]:
+        for number, (a, b) in enumerate(p.species_pairs):
+            left, right = self.nearest[a], self.nearest[b]
+            if min(left.index.shape[1], right.index.shape[1]) > (1 if a == b else 0):
+                start = p.n_radial + number * p.n_per_pair
+                yield slice(start, start + p.n_per_pair), _Wedge(left, right, p)
+
+
+def _blocks(vec: torch.Tensor, row: torch.Tensor, species_other: torch.Tensor, p: AEVParameters) -> Iterator[_Block]:
+    """Cut the atoms into blocks of equal size, as many atoms as keep padded pairs and triples within bounds.
+
+    Atoms with lists of like length go together: triples grow with their square, and so would padding.
+    """
+    n_atoms = len(row) - 1
+    distance = vec.norm(dim=1)
+    centre = torch.repeat_interleave(row.diff())
+    atoms = torch.bincount(centre[distance < p.angular_cutoff_A], minlength=n_atoms).argsort()
+    key = atoms.argsort().index_select(0, centre) * p.n_species + species_other
+    near = _Table(distance, key, p.radial_cutoff_A, n_atoms, p.n_species)
+    nearest = _Table(distance, key, p.angular_cutoff_A, n_atoms, p.n_species)
+    padded = _Padded(vec, distance)
+    size = max(1, min(PAIRS_PER_BLOCK // near.longest, 2 * TRIPLES_PER_BLOCK // nearest.longest**2))
+    for low in range(0, n_atoms, size):
+        high = min(low + size, n_atoms)
+        yield _Block(
+            atoms[low:high],
+            [padded.shell(index, p.radial_cutoff_A) for index in near.indices(low, high)],
+            [padded.shell(index, p.angular_cutoff_A) for index in nearest.indices(low, high)],
+        )
+
+
+class _Table:
+    """Pairs within a cutoff, sorted by key: rank of the centre times n_species, plus species of the neighbour."""
+
+    def __init__(
+        self, distance: torch.Tensor, key: torch.Tensor, cutoff_A: float, n_atoms: int, n_species: int
+    ) -> None:
+        self.n_species = n_species
+        self.empty = len(distance)
+        kept = (distance < cutoff_A).nonzero().squeeze(1)
+        self.key, order = key.index_select(0, kept).sort(stable=True)
+        self.pair = kept.index_select(0, order)
+        self.count = torch.bincount(self.key, minlength=n_atoms * n_species)
+        self.start = torch.nn.functional.pad(self.count.cumsum(0), (1, 0))
+        self.longest = max(1, int(self.count.view(-1, n_species).sum(1).amax()) if n_atoms else 1)
+
+    def indices(self, low: int, high: int) -> list[torch.Tensor]:
+        """For each species (n, K): pairs of the atoms of rank low .. high, padded with E."""
+        row_low, row_high = low * self.n_species, high * self.n_species
+        first, last = int(self.start[row_low]), int(self.start[row_high])
+        key = self.key[first:last]
+        place = torch.arange(first, last, device=key.device) - self.start.index_select(0, key)
+        width = int(self.count[row_low:row_high].amax())
+        table = key.new_full((row_high - row_low, width), self.empty)
+        table[key - row_low, place] = self.pair[first:last]
+        table = table.view(high - low, self.n_species, width)
+        longest = self.count[row_low:row_high].view(-1, self.n_species).amax(0).tolist()
+        return [table[:, species, :n] for species, n in enumerate(longest)]
+
+
+class _Padded:
+    """Lengths and directions of all pairs, with one more row for padding."""
+
+    def __init__(self, vec: torch.Tensor, distance: torch.Tensor) -> None:
+        length = distance.clamp(min=SHORTEST_A)
+        self.distance = torch.nn.functional.pad(length, (0, 1), value=1.0)
+        self.unit = torch.nn.functional.pad(vec / length[:, None], (0, 0, 0, 1))
+        self.real = torch.nn.functional.pad(torch.ones_like(length), (0, 1))
+
+    def shell(self, index: torch.Tensor, cutoff_A: float) -> _Shell:
+        distance, real = self.distance[index], self.real[index]
+        fc, dfc = _cutoff(distance, cutoff_A)
+        return _Shell(index, distance, self.unit[index], fc.mul_(real), dfc.mul_(real))

@@ -1,0 +1,232 @@
+// What is a vector of numbers on this processor, and what are its square root, exp2, log2 and cutoff function?
+//
+// Written with the vector extensions of GCC and Clang, so that the same source serves AVX-512, AVX2, SSE2 and NEON: the
+// flags with which a file is compiled choose the width. Polynomials are Chebyshev interpolants made for this file; the
+// stated errors are relative and exclude rounding. Everything has internal linkage: objects compiled for different
+// processors must not share code.
+#pragma once
+#include <cstdint>
+#include <cstring>
+#include <utility>
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int BYTES = 64;
+#elif defined(__AVX2__)
+constexpr int BYTES = 32;
+#else
+constexpr int BYTES = 16;
+#endif
+
+#ifndef __has_builtin
+#define __has_builtin(x) 0
+#endif
+#define INLINE inline __attribute__((always_inline))
+
+template <class T> struct Constants;
+
+template <> struct Constants<float> {
+    using Int = int32_t;
+    static constexpr int MANTISSA_BITS = 23;
+    static constexpr Int SQRT_HALF = 0x3f3504f3;           // bits of sqrt(1/2)
+    static constexpr float ROUND = 12582912.0f;             // 1.5 * 2^23: adding it rounds to an integer
+    static constexpr float LOWEST_EXPONENT = -126.0f, TINY = 1e-30f;
+    static constexpr bool LOG_BY_DIVISION = false;
+    static constexpr float EXP2[] = {1.0f, 0.693147188f, 0.240226508f, 0.0555035711f,
+                                     0.00961808256f, 0.00133908634f, 0.00015453163f};  // 5e-9 on |x| <= 1/2
+    static constexpr float LOG2[] = {1.44269500f, -0.721347468f, 0.480910753f, -0.360693268f, 0.287903261f,
+                                     -0.239169881f, 0.216078226f, -0.205861881f, 0.123109685f};  // log2(1+x)/x, 3e-8
+    static constexpr float SINPI[] = {3.14159264f, -5.16771008f, 2.55007739f, -0.598290411f, 0.0776559123f};  // 7e-9
+    static constexpr float COSPI[] = {1.0f, -4.93480214f, 4.05870915f, -1.33521195f, 0.234937069f, -0.0243959321f};
+};
+
+template <> struct Constants<double> {
+    using Int = int64_t;
+    static constexpr int MANTISSA_BITS = 52;
+    static constexpr Int SQRT_HALF = 0x3fe6a09e667f3bcd;
+    static constexpr double ROUND = 6755399441055744.0;     // 1.5 * 2^52
+    static constexpr double LOWEST_EXPONENT = -1022.0, TINY = 1e-200;
+    static constexpr bool LOG_BY_DIVISION = true;
+    static constexpr double EXP2[] = {1.0, 0.693147180559945309, 0.240226506959100982, 0.0555041086648215943,
+                                      0.00961812910760688853, 0.00133335581464169353, 0.000154035304417360502,
+                                      1.52527338298361184e-5, 1.32154425879216897e-6, 1.01780624458457735e-7,
+                                      7.0725859492692237e-9, 4.45496059818651839e-10};  // 8e-18 on |x| <= 1/2
+    // log2((1+s)/(1-s))/s in s^2, 1e-18 for (1+s)/(1-s) in [sqrt(1/2), sqrt(2)]
+    static constexpr double LOG2[] = {2.88539008177792681, 0.961796693925989729, 0.577078016345520229,
+                                      0.412198585840900534, 0.320598534913959861, 0.262334352504183019,
+                                      0.220913084231176796, 0.213658956943192694};
+    static constexpr double SINPI[] = {3.14159265358979324, -5.16771278004996961, 2.55016403987730047,
+                                       -0.599264529318944681, 0.082145886573102895, -0.0073704305059169434,
+                                       4.6629981618983938e-4, -2.19034970746260172e-5, 7.69782676822419065e-7};
+    static constexpr double COSPI[] = {1.0, -4.93480220054467677, 4.058712126416497, -1.33526276884344709,
+                                       0.235330630129532854, -0.0258068887370022033, 0.00192955627248171315,
+                                       -1.04566553387487382e-4, 4.14956435394258551e-6};
+};
+
+template <class T> struct Simd {
+    using C = Constants<T>;
+    using Int = typename C::Int;
+    static constexpr int W = BYTES / sizeof(T);
+    typedef T V __attribute__((vector_size(BYTES)));
+    typedef Int I __attribute__((vector_size(BYTES)));
+#if defined(__AVX512F__)
+    typedef __mmask16 Mask;
+#else
+    typedef I Mask;
+#endif
+    typedef T Unaligned __attribute__((vector_size(BYTES), aligned(sizeof(T)), may_alias));
+
+    static INLINE V all(T value) { return V{} + value; }
+    static INLINE V load(const T* p) { return *reinterpret_cast<const Unaligned*>(p); }
+    static INLINE void store(T* p, V v) { *reinterpret_cast<Unaligned*>(p) = v; }
+
+    static INLINE V max(V a, T bound);
+    static INLINE V sqrt(V x);
+
+    // Lanes [first, last), and the vector at p with zero in all others.
+    static INLINE Mask lanes(int first, int last);
+    static INLINE V load_masked(const T* p, Mask mask);
+
+    template <int N> static INLINE V polynomial(V x, const T (&c)[N]) {
+        V p = all(c[N - 1]);
+        for (int i = N - 2; i >= 0; --i) p = p * x + c[i];
+        return p;
+    }
+
+    static INLINE V round(V x);
+    static INLINE V scale(V x, V exponent);
+
+    // 2^x; below the normal range 0 or the smallest normal number.
+    static INLINE V exp2(V x) {
+#if defined(__AVX512F__)
+        V whole = round(x);
+        return scale(polynomial(x - whole, C::EXP2), whole);
+#else
+        x = max(x, C::LOWEST_EXPONENT);
+        V shifted = x + C::ROUND;
+        V p = polynomial(x - (shifted - C::ROUND), C::EXP2);
+        return reinterpret_cast<V>(reinterpret_cast<I>(p) + (reinterpret_cast<I>(shifted) << C::MANTISSA_BITS));
+#endif
+    }
+
+    // log2(x) of a normal, positive x.
+    static INLINE V log2(V x) {
+        I bits = reinterpret_cast<I>(x);
+        I exponent = (bits - C::SQRT_HALF) >> C::MANTISSA_BITS;
+        V t = reinterpret_cast<V>(bits - (exponent << C::MANTISSA_BITS)) - T(1);
+        V whole = __builtin_convertvector(exponent, V);
+        if (C::LOG_BY_DIVISION) {
+            V s = t / (t + T(2));
+            return whole + s * polynomial(s * s, C::LOG2);
+        }
+        return whole + t * polynomial(t, C::LOG2);
+    }
+
+    // sin(pi x) and cos(pi x) for 0 <= x <= 1/2.
+    static INLINE void sincospi(V x, V& sine, V& cosine) {
+        V square = x * x;
+        sine = x * polynomial(square, C::SINPI);
+        cosine = polynomial(square, C::COSPI);
+    }
+
+    static INLINE T sum(V v) {
+        T total = 0;
+        for (int i = 0; i < W; ++i) total += v[i];
+        return total;
+    }
+
+#if __has_builtin(__builtin_shufflevector)
+    // out[q] = sum of the lanes of v[q]: a transposition whose every step adds.
+    static INLINE void sum4(const V (&v)[4], T* out) { sum4(v, out, std::make_integer_sequence<int, W>{}); }
+
+private:
+    template <int... I> static INLINE void sum4(const V (&v)[4], T* out, std::integer_sequence<int, I...>) {
+        V pair[2];
+        for (int q = 0; q < 2; ++q) {
+            V a = v[2 * q], b = v[2 * q + 1];
+            pair[q] = __builtin_shufflevector(a, b, (I % 2 ? W + I - 1 : I)...) +
+                      __builtin_shufflevector(a, b, (I % 2 ? W + I : I + 1)...);
+        }
+        if constexpr (W == 2) {
+            for (int q = 0; q < 4; ++q) out[q] = pair[q / 2][q % 2];
+        } else {
+            V all = __builtin_shufflevector(pair[0], pair[1], (I % 4 < 2 ? I : W + I - 2)...) +
+                    __builtin_shufflevector(pair[0], pair[1], (I % 4 < 2 ? I + 2 : W + I)...);
+            if constexpr (W > 4) all += __builtin_shufflevector(all, all, (I ^ 4)...);
+            if constexpr (W > 8) all += __builtin_shufflevector(all, all, (I ^ 8)...);
+            for (int q = 0; q < 4; ++q) out[q] = all[q];
+        }
+    }
+#else
+    static INLINE void sum4(const V (&v)[4], T* out) {
+        for (int q = 0; q < 4; ++q) out[q] = sum(v[q]);
+    }
+#endif
+};
+
+#if defined(__AVX512F__)
+
+template <> INLINE Simd<float>::V Simd<float>::max(V a, float b) { return (V)_mm512_max_ps((__m512)a, (__m512)all(b)); }
+template <> INLINE Simd<double>::V Simd<double>::max(V a, double b) {
+    return (V)_mm512_max_pd((__m512d)a, (__m512d)all(b));
+}
+// The unmasked forms of these make GCC 12 warn about its own header.
+constexpr __mmask16 ALL16 = 0xffff;
+constexpr __mmask8 ALL8 = 0xff;
+template <> INLINE Simd<float>::V Simd<float>::sqrt(V x) { return (V)_mm512_maskz_sqrt_ps(ALL16, (__m512)x); }
+template <> INLINE Simd<double>::V Simd<double>::sqrt(V x) { return (V)_mm512_maskz_sqrt_pd(ALL8, (__m512d)x); }
+template <> INLINE Simd<float>::V Simd<float>::round(V x) { return (V)_mm512_maskz_roundscale_ps(ALL16, (__m512)x, 0); }
+template <> INLINE Simd<double>::V Simd<double>::round(V x) { return (V)_mm512_maskz_roundscale_pd(ALL8, (__m512d)x, 0); }
+template <> INLINE Simd<float>::V Simd<float>::scale(V x, V e) {
+    return (V)_mm512_maskz_scalef_ps(ALL16, (__m512)x, (__m512)e);
+}
+template <> INLINE Simd<double>::V Simd<double>::scale(V x, V e) {
+    return (V)_mm512_maskz_scalef_pd(ALL8, (__m512d)x, (__m512d)e);
+}
+template <class T> INLINE __mmask16 Simd<T>::lanes(int first, int last) {
+    return __mmask16((last < 16 ? (1u << last) - 1 : 0xffffu) & (first > 0 ? 0xffffu << first : 0xffffu));
+}
+template <> INLINE Simd<float>::V Simd<float>::load_masked(const float* p, __mmask16 mask) {
+    return (V)_mm512_maskz_loadu_ps(mask, p);
+}
+template <> INLINE Simd<double>::V Simd<double>::load_masked(const double* p, __mmask16 mask) {
+    return (V)_mm512_maskz_loadu_pd(__mmask8(mask), p);
+}
+
+#else
+
+template <class T> INLINE typename Simd<T>::Mask Simd<T>::lanes(int first, int last) {
+    I lane{};
+    for (int i = 0; i < W; ++i) lane[i] = i;
+    return (lane >= Int(first)) & (lane < Int(last));
+}
+template <class T> INLINE typename Simd<T>::V Simd<T>::load_masked(const T* p, Mask mask) {
+    return reinterpret_cast<V>(reinterpret_cast<I>(load(p)) & mask);
+}
+
+#if defined(__AVX2__)
+template <> INLINE Simd<float>::V Simd<float>::max(V a, float b) { return (V)_mm256_max_ps((__m256)a, (__m256)all(b)); }
+template <> INLINE Simd<double>::V Simd<double>::max(V a, double b) {
+    return (V)_mm256_max_pd((__m256d)a, (__m256d)all(b));
+}
+template <> INLINE Simd<float>::V Simd<float>::sqrt(V x) { return (V)_mm256_sqrt_ps((__m256)x); }
+template <> INLINE Simd<double>::V Simd<double>::sqrt(V x) { return (V)_mm256_sqrt_pd((__m256d)x); }
+#elif defined(__SSE2__)
+template <> INLINE Simd<float>::V Simd<float>::max(V a, float b) { return (V)_mm_max_ps((__m128)a, (__m128)all(b)); }
+template <> INLINE Simd<double>::V Simd<double>::max(V a, double b) { return (V)_mm_max_pd((__m128d)a, (__m128d)all(b)); }
+template <> INLINE Simd<float>::V Simd<float>::sqrt(V x) { return (V)_mm_sqrt_ps((__m128)x); }
+template <> INLINE Simd<double>::V Simd<double>::sqrt(V x) { return (V)_mm_sqrt_pd((__m128d)x); }
+#else
+template <class T> INLINE typename Simd<T>::V Simd<T>::max(V a, T bound) { return a > bound ? a : all(bound); }
+template <class T> INLINE typename Simd<T>::V Simd<T>::sqrt(V x) {
+    for (int i = 0; i < W; ++i) x[i] = __builtin_sqrt(x[i]);
+    return x;
+}
+#endif
+#endif
+
+}  // namespace

@@ -1,0 +1,86 @@
+"""How does a batch of frames lie in memory as tensors? Ragged: atoms of all frames joined, one row per frame beside."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from ase.data import atomic_numbers
+
+from shards.frame import Frame
+
+__all__ = ["Structures", "UnknownElementError"]
+
+
+class UnknownElementError(ValueError):
+    """A frame holds an element that the committee has no network for."""
+
+
+@dataclass(frozen=True)
+class Structures:
+    """Hold B frames with N atoms in all. Atoms of one frame are contiguous, frames in order.
+
+    species: (N,), index into the committee's elements. positions: (N, 3), A, need not lie inside the cell.
+    cell: (B, 3, 3), A. pbc: (B, 3). frame_of_atom: (N,). n_atoms: (B,).
+    """
+
+    species: torch.Tensor
+    positions: torch.Tensor
+    cell: torch.Tensor
+    pbc: torch.Tensor
+    frame_of_atom: torch.Tensor
+    n_atoms: torch.Tensor
+
+    @classmethod
+    def from_frames(
+        cls,
+        frames: Sequence[Frame],
+        elements: Sequence[str],
+        dtype: torch.dtype = torch.float64,
+        device: torch.device | str = "cpu",
+    ) -> Structures:
+        """Raises UnknownElementError when a frame holds an element that is not among `elements`."""
+        n_atoms = torch.tensor([frame.n_atoms for frame in frames], dtype=torch.int64)
+        numbers = np.concatenate([frame.numbers for frame in frames])
+        return cls(
+            species=torch.from_numpy(_species(numbers, elements)).to(device),
+            positions=torch.from_numpy(np.concatenate([f.positions for f in frames])).to(device, dtype),
+            cell=torch.from_numpy(np.stack([frame.cell for frame in frames])).to(device, dtype),
+            pbc=torch.from_numpy(np.stack([frame.pbc for frame in frames])).to(device),
+            frame_of_atom=torch.repeat_interleave(n_atoms).to(device),
+            n_atoms=n_atoms.to(device),
+        )
+
+    @property
+    def n_frames(self) -> int:
+        return len(self.n_atoms)
+
+    @property
+    def volume(self) -> torch.Tensor:
+        """(B,), A^3; zero where the cell does not span space."""
+        volume: torch.Tensor = torch.linalg.det(self.cell).abs()
+        return volume
+
+    def to(self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Structures:
+        return replace(
+            self,
+            species=self.species.to(device=device),
+            positions=self.positions.to(dtype=dtype, device=device),
+            cell=self.cell.to(dtype=dtype, device=device),
+            pbc=self.pbc.to(device=device),
+            frame_of_atom=self.frame_of_atom.to(device=device),
+            n_atoms=self.n_atoms.to(device=device),
+        )
+
+
+def _species(numbers: np.ndarray[tuple[int], np.dtype[np.int64]], elements: Sequence[str]) -> np.ndarray:
+    table = np.full(max(atomic_numbers.values()) + 1, -1, dtype=np.int64)
+    table[[atomic_numbers[symbol] for symbol in elements]] = np.arange(len(elements))
+    species = table[numbers]
+    if (species < 0).any():
+        symbols = {number: symbol for symbol, number in atomic_numbers.items()}
+        missing = ", ".join(symbols[int(number)] for number in np.unique(numbers[species < 0]))
+        raise UnknownElementError(f"no network for {missing}: this committee knows {', '.join(elements)}")
+    return species

@@ -1,0 +1,134 @@
+"""Neighbour lists against a brute-force search by another code, and skin lists against fresh ones."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from ase import Atoms
+from ase.build import bulk
+from ase.neighborlist import neighbor_list
+
+from potential.neighbours import SkinList, find_neighbours, pair_vectors
+from potential.structures import Structures, UnknownElementError
+from shards.frame import Frame
+
+
+def random_frames(rng: np.random.Generator, n_frames: int) -> list[Frame]:
+    """Triclinic cells from far below to well above the cutoff, any periodic axes, atoms inside and far outside."""
+    frames = []
+    for _ in range(n_frames):
+        n_atoms = int(rng.integers(1, 30))
+        pbc = rng.random(3) < 0.5
+        cell = rng.normal(size=(3, 3)) + np.eye(3) * rng.uniform(3, 12)
+        positions = rng.uniform(-15, 15, (n_atoms, 3))
+        if rng.random() < 0.3:
+            cell[~pbc] = 0
+        frames.append(Frame(np.full(n_atoms, 13), positions, cell, pbc))
+    return frames
+
+
+def as_set(structures: Structures, neighbours, frame: int) -> set[tuple[int, ...]]:
+    mine = structures.frame_of_atom[neighbours.centre] == frame
+    first = int(structures.n_atoms[:frame].sum())
+    rows = torch.cat(
+        [neighbours.centre[mine, None] - first, neighbours.other[mine, None] - first, neighbours.shift[mine]], 1
+    ).tolist()
+    found = set(map(tuple, rows))
+    assert len(found) == len(rows)
+    return found
+
+
+def pairs_of_ase(frame: Frame, cutoff: float) -> set[tuple[int, ...]]:
+    atoms = Atoms(numbers=frame.numbers, positions=frame.positions, cell=frame.cell, pbc=frame.pbc)
+    i, j, shift = neighbor_list("ijS", atoms, cutoff)
+    return set(map(tuple, np.column_stack([i, j, shift]).tolist()))
+
+
+@pytest.mark.parametrize("cutoff", [3.0, 6.5])
+def test_batch_of_random_cells_equals_ase(cutoff):
+    frames = random_frames(np.random.default_rng(0), 30)
+    structures = Structures.from_frames(frames, ["Al"])
+    neighbours = find_neighbours(structures, cutoff)
+    assert (neighbours.centre.diff() >= 0).all()
+    assert torch.equal(neighbours.row.diff(), torch.bincount(neighbours.centre, minlength=len(structures.positions)))
+    assert (pair_vectors(structures, neighbours).norm(dim=1) < cutoff).all()
+    for number, frame in enumerate(frames):
+        assert as_set(structures, neighbours, number) == pairs_of_ase(frame, cutoff)
+
+
+def test_large_cell_in_several_blocks_equals_ase(monkeypatch):
+    monkeypatch.setattr("potential.neighbours.PAIRS_PER_BLOCK", 2_000)
+    atoms = bulk("Al", cubic=True) * (4, 3, 2)
+    atoms.rattle(0.3, seed=1)
+    frame = Frame(atoms.numbers, atoms.positions, atoms.cell.array, atoms.pbc)
+    structures = Structures.from_frames([frame], ["Al"])
+    assert as_set(structures, find_neighbours(structures, 5.0), 0) == pairs_of_ase(frame, 5.0)
+
+
+def test_atoms_on_a_perfect_lattice_and_on_cell_borders_are_all_found():
+    frame = Frame([13], [[0.0, 0.0, 0.0]], np.eye(3) * 2.0, [True] * 3)
+    structures = Structures.from_frames([frame], ["Al"])
+    neighbours = find_neighbours(structures, 4.0 + 1e-9)
+    distances = pair_vectors(structures, neighbours).norm(dim=1)
+    # Simple cubic shells: 6 at a, 12 at sqrt 2, 8 at sqrt 3, 6 at 2 a.
+    assert torch.unique(distances.round(decimals=6), return_counts=True)[1].tolist() == [6, 12, 8, 6]
+
+
+def test_atoms_on_the_same_spot_are_neighbours_and_not_themselves():
+    frame = Frame([13, 13], np.zeros((2, 3)))
+    neighbours = find_neighbours(Structures.from_frames([frame], ["Al"]), 3.0)
+    assert (neighbours.centre.tolist(), neighbours.other.tolist()) == ([0, 1], [1, 0])
+
+
+def test_lone_atom_has_no_neighbours():
+    neighbours = find_neighbours(Structures.from_frames([Frame([13], np.zeros((1, 3)))], ["Al"]), 3.0)
+    assert neighbours.row.tolist() == [0, 0]
+
+
+def test_unknown_element_is_refused_by_name():
+    with pytest.raises(UnknownElementError, match="no network for Au: this committee knows Al, Cu"):
+        Structures.from_frames([Frame([13, 79], [[0, 0, 0], [0, 0, 2.5]])], ["Al", "Cu"])
+
+
+def short_pairs(structures: Structures, neighbours, cutoff: float) -> list[set[tuple[int, ...]]]:
+    near = pair_vectors(structures, neighbours).norm(dim=1) < cutoff
+    kept = replace(
+        neighbours, centre=neighbours.centre[near], other=neighbours.other[near], shift=neighbours.shift[near]
+    )
+    return [as_set(structures, kept, frame) for frame in range(structures.n_frames)]
+
+
+def test_skin_list_stays_complete_while_atoms_and_cells_move_and_is_kept_most_of_the_time():
+    rng = np.random.default_rng(3)
+    structures = Structures.from_frames(random_frames(rng, 6), ["Al"])
+    skin = SkinList(4.0, 1.0)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(60):
+        kept, fresh = skin.update(structures), find_neighbours(structures, 4.0)
+        assert short_pairs(structures, kept, 4.0) == short_pairs(structures, fresh, 4.0)
+        scale = 1 + 0.004 * np.sin(step)
+        move = 0.05 * torch.randn(structures.positions.shape, generator=generator, dtype=torch.float64)
+        structures = replace(structures, positions=structures.positions * scale + move, cell=structures.cell * scale)
+    assert 3 <= skin.n_builds <= 30
+
+
+def test_skin_list_holds_up_to_half_the_skin_and_no_further():
+    structures = Structures.from_frames([Frame([13, 13], [[0, 0, 0], [0, 0, 4.0]])], ["Al"])
+    skin = SkinList(3.0, 1.0)
+    skin.update(structures)
+    structures.positions[0, 0] += 0.499
+    skin.update(structures)
+    assert skin.n_builds == 1
+    structures.positions[0, 0] += 0.002
+    skin.update(structures)
+    assert skin.n_builds == 2
+
+
+def test_skin_list_is_rebuilt_for_another_batch():
+    skin = SkinList(3.0, 1.0)
+    skin.update(Structures.from_frames([Frame([13], [[0, 0, 0]])], ["Al"]))
+    pair = Structures.from_frames([Frame([13, 13], [[0, 0, 0], [0, 0, 2.0]])], ["Al"])
+    assert len(skin.update(pair).centre) == 2
