@@ -1,0 +1,1 @@
+"""Frames worth a quantum calculation: random cells, batched molecular dynamics driven by the committee, selection."""

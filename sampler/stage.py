@@ -1,0 +1,165 @@
+"""The three verbs of sampling, files in and files out: build random cells, sample with walkers, rank candidates."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from potential.model_file import load_committee
+from sampler.batch import Walker
+from sampler.builder import CrowdedCellError, check_builder, random_frame
+from sampler.config import BuilderSettings, SamplerSettings
+from sampler.engine import Tally, run_walkers
+from sampler.schedules import draw_schedule
+from sampler.scoring import fingerprints, measure_spreads
+from sampler.selection import select
+from sampler.streams import derive_seed
+from sampler.triggers import TRIGGERS, Verdict, is_wanted
+from shards.frame import Frame
+from shards.outcome import Clock, Failure, FailureClass, Outcome
+from shards.reader import open_shard
+from shards.writer import write_frames
+
+__all__ = ["build", "rank", "sample"]
+
+PROGRESS_EVERY_s = 2.0
+
+
+def build(elements: Sequence[str], settings: BuilderSettings, n_frames: int, seed: int, dest: Path) -> Outcome:
+    """Publish a shard of `n_frames` random cells at `dest`. facts: n_frames, n_atoms.
+
+    Raises:
+        SettingsError: settings that do not fit the elements, or cells too crowded to be built.
+    """
+    check_builder(elements, settings)
+    clock = Clock()
+    try:
+        frames = [random_frame(elements, settings, derive_seed(seed, index)) for index in range(n_frames)]
+    except CrowdedCellError as error:
+        return Outcome("build", clock.timing(), failure=Failure(FailureClass.GEOMETRY, str(error)))
+    receipt = write_frames(dest, frames)
+    return Outcome("build", clock.timing(), (receipt,), facts={"n_frames": n_frames, "n_atoms": receipt.n_atoms})
+
+
+def sample(
+    model: Path,
+    builder: BuilderSettings,
+    settings: SamplerSettings,
+    n_walkers: int,
+    seed: int,
+    dest: Path,
+    progress: Path | None = None,
+) -> Outcome:
+    """Run `n_walkers` from random cells on the committee at `model`; publish the frames they leave at `dest`.
+
+    The shard may be empty. `progress` is a JSON file, replaced every few seconds while walkers run. facts: what
+    `_facts` says, n_frames (published) and n_duplicates (dropped).
+
+    Raises:
+        SettingsError: builder settings that do not fit the committee's elements.
+    """
+    clock = Clock()
+    committee = load_committee(model, device=settings.device, dtype=torch.float32)
+    check_builder(committee.elements, builder)
+    tally = Tally()
+    try:
+        with clock.phase("dynamics"):
+            ended = run_walkers(
+                _walkers(committee.elements, builder, settings, n_walkers, seed),
+                committee,
+                settings,
+                model_digest=committee.digest,
+                tally=tally,
+                report=_progress_writer(progress, tally, n_walkers),
+            )
+            candidates = [end.frame for end in ended if end.frame is not None]
+    except CrowdedCellError as error:
+        return Outcome("sample", clock.timing(), failure=Failure(FailureClass.GEOMETRY, str(error)))
+    with clock.phase("selection"):
+        scores = np.array([frame.origin.force_spread for frame in candidates])
+        chosen = select(fingerprints(committee, candidates), scores, distance=settings.duplicate_distance)
+    receipt = write_frames(dest, [candidates[index] for index in chosen])
+    facts = _facts(tally) | {"n_frames": len(chosen), "n_duplicates": len(candidates) - len(chosen)}
+    return Outcome("sample", clock.timing(), (receipt,), facts=facts)
+
+
+def rank(model: Path, frames: Sequence[Path], settings: SamplerSettings, known: Sequence[Path] = ()) -> Outcome:
+    """Ask the committee at `model` about candidates. Shards of `known` frames (of either kind) hold what is labeled.
+
+    facts: scores: {frame id: [energy spread (eV), mean and largest force spread (eV/A), whether this committee wants
+    its label]}; order: ids of the wanted ones, without near-duplicates of each other or of known ones, most uncertain
+    first.
+    """
+    clock = Clock()
+    committee = load_committee(model, device=settings.device, dtype=torch.float32)
+    candidates = _load(frames)
+    spreads = measure_spreads(committee, candidates)
+    wanted = [
+        is_wanted(spread, frame.origin.trigger, settings) for frame, spread in zip(candidates, spreads, strict=True)
+    ]
+    scores = {
+        frame.id: [spread.energy, spread.force_mean, spread.force_max, want]
+        for frame, spread, want in zip(candidates, spreads, wanted, strict=True)
+    }
+    uncertain = [i for i, want in enumerate(wanted) if want]
+    chosen = select(
+        fingerprints(committee, [candidates[i] for i in uncertain]),
+        np.array([spreads[i].force_mean for i in uncertain]),
+        distance=settings.duplicate_distance,
+        known=fingerprints(committee, _load(known)),
+    )
+    order = [candidates[uncertain[i]].id for i in chosen]
+    return Outcome("rank", clock.timing(), facts={"scores": scores, "order": order})
+
+
+def _walkers(
+    elements: Sequence[str], builder: BuilderSettings, settings: SamplerSettings, n_walkers: int, seed: int
+) -> Iterator[Walker]:
+    for index in range(n_walkers):
+        walker_seed = derive_seed(seed, index)
+        yield Walker(walker_seed, random_frame(elements, builder, walker_seed), draw_schedule(settings, walker_seed))
+
+
+def _load(shards: Sequence[Path]) -> list[Frame]:
+    return [frame for path in shards for frame in open_shard(path).frames()]
+
+
+def _facts(tally: Tally) -> dict[str, Any]:
+    """walkers that ended, their steps and atom_steps, how they ended, and how long they lasted on average."""
+    n_walkers = tally.ended.total()
+    return {
+        "walkers": n_walkers,
+        "steps": tally.n_steps,
+        "atom_steps": tally.n_atom_steps,
+        "triggers": {str(kind): tally.ended[kind] for kind in TRIGGERS},
+        "timeouts": tally.ended[Verdict.TIMEOUT],
+        "exploded": tally.ended[Verdict.RUNAWAY],
+        "too_close": tally.ended[Verdict.TOO_CLOSE],
+        "mean_time_ps": tally.simulated_fs / 1000 / max(n_walkers, 1),
+    }
+
+
+def _progress_writer(path: Path | None, tally: Tally, n_walkers: int) -> Callable[[], None]:
+    """Something to call often; it replaces the file every few seconds and when the last walker has ended."""
+    start = time.time()
+    last = 0.0
+
+    def write() -> None:
+        nonlocal last
+        now = time.time()
+        if path is None or (now - last < PROGRESS_EVERY_s and tally.ended.total() < n_walkers):
+            return
+        last = now
+        table = _facts(tally) | {"n_walkers": n_walkers, "active": tally.n_active, "n_frames": tally.n_frames}
+        beside = path.with_name(f"{path.name}.partial")
+        beside.write_text(json.dumps(table | {"seconds": now - start, "updated": now}), encoding="utf-8")
+        os.replace(beside, path)
+
+    return write
