@@ -13,7 +13,7 @@ import torch
 
 from potential.aev import AEVParameters
 from potential.kernels import aev_jvp, aev_vjp
-from potential.neighbours import Neighbours
+from potential.neighbours import Neighbours, pairs_of_frames
 from potential.structures import Structures
 
 __all__ = ["atomic_forces", "pair_forces", "virials"]
@@ -41,7 +41,7 @@ def atomic_forces(pair: torch.Tensor, neighbours: Neighbours) -> torch.Tensor:
 
 def virials(pair: torch.Tensor, vec: torch.Tensor, structures: Structures, neighbours: Neighbours) -> torch.Tensor:
     """(M, B, 3, 3), eV, symmetric: dE/dstrain = sum over pairs of vec (x) dE/dvec, from pair forces (M, E, 3)."""
-    ends = neighbours.row[torch.nn.functional.pad(structures.n_atoms.cumsum(0), (1, 0))].tolist()
+    ends = pairs_of_frames(structures, neighbours)
     virial = torch.stack(
         [torch.matmul(vec[low:high].T, pair[:, low:high]) for low, high in itertools.pairwise(ends)],
         dim=1,

@@ -1,17 +1,13 @@
 // Which instruction set, how many threads, and with which floating-point mode does a product of the AEV run?
 //
 // Plain C entry points without any torch or Python header, so that ctypes, a torch.library wrapper and a LAMMPS pair
-// style can all call them. Threads are started per call: a call of one cell takes milliseconds, a thread 20 us, and no
-// pool has to survive fork(). Atoms are independent, so the answer does not depend on the number of threads.
-#include <algorithm>
-#include <atomic>
-#include <cmath>
+// style can all call them. Atoms are independent, so the answer does not depend on the number of threads.
 #include <cstdlib>
+#include <exception>
 #include <new>
-#include <thread>
-#include <vector>
 
 #include "aev.h"
+#include "threads.h"
 #if defined(__SSE2__)
 #include <xmmintrin.h>
 #endif
@@ -78,20 +74,15 @@ const AevKernel& kernel_of(int level, bool is_double) {
 using Product = void (*)(const AevJob&, int64_t, int64_t, void*);
 
 void run(const AevKernel& kernel, Product product, const AevJob& job, int n_threads) {
-    std::atomic<int64_t> next{0};
     const size_t bytes = kernel.workspace_bytes(job);
-    auto work = [&] {
+    share_out((job.n_atoms + ATOMS_PER_TURN - 1) / ATOMS_PER_TURN, n_threads, [&](auto next) {
         FlushDenormals flush;
         Workspace workspace(bytes);
-        for (int64_t begin; (begin = next.fetch_add(ATOMS_PER_TURN)) < job.n_atoms;) {
+        for (int64_t turn; (turn = next()) >= 0;) {
+            const int64_t begin = turn * ATOMS_PER_TURN;
             product(job, begin, std::min(begin + ATOMS_PER_TURN, job.n_atoms), workspace.aligned());
         }
-    };
-    const int64_t turns = (job.n_atoms + ATOMS_PER_TURN - 1) / ATOMS_PER_TURN;
-    std::vector<std::thread> helpers;
-    for (int64_t i = 1; i < std::min<int64_t>(n_threads, turns); ++i) helpers.emplace_back(work);
-    work();
-    for (auto& helper : helpers) helper.join();
+    });
 }
 
 }  // namespace

@@ -17,7 +17,7 @@ import torch
 
 from potential.aev import AEVParameters
 
-__all__ = ["aev_forward", "aev_jvp", "aev_vjp", "available"]
+__all__ = ["aev_forward", "aev_jvp", "aev_vjp", "available", "pair_differences", "pair_sums"]
 
 LIBRARY = Path(__file__).with_name(f"_aev{sysconfig.get_config_var('EXT_SUFFIX')}")
 LEVELS = ("plain", "avx2", "avx512")
@@ -47,7 +47,7 @@ def available() -> bool:
 
 
 def aev_forward(vec: torch.Tensor, row: torch.Tensor, species_other: torch.Tensor, p: AEVParameters) -> torch.Tensor:
-    """(N, L). vec: (E, 3), A, from each centre to its neighbours, sorted by centre; row: (N + 1,); species_other: (E,)."""
+    """(N, L). vec: (E, 3), A, from each centre to its neighbours; row: (N + 1,); species_other: (E,)."""
     out = vec.new_empty(len(row) - 1, p.length)
     _run(FORWARD, vec, row, species_other, None, out, p)
     return out
@@ -73,6 +73,46 @@ def aev_jvp(
     return out
 
 
+def pair_sums(pair: torch.Tensor, row: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """(M, N, 3): of each atom, the sum over its own pairs less that over the pairs in which it is the other.
+
+    pair: (M, E, 3); row: (N + 1,); other: (E,). With pair forces, these are the forces on the atoms.
+    """
+    _check("pair", pair, (len(pair), len(other), 3))
+    out = pair.new_empty(len(pair), len(row) - 1, 3)
+    _run_pairs(True, pair, row, other, out)
+    return out
+
+
+def pair_differences(atom: torch.Tensor, row: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """(M, E, 3): of each pair, its centre's value less the other's: pair_sums transposed. atom: (M, N, 3)."""
+    _check("atom", atom, (len(atom), len(row) - 1, 3))
+    out = atom.new_empty(len(atom), len(other), 3)
+    _run_pairs(False, atom, row, other, out)
+    return out
+
+
+def _run_pairs(
+    summing: bool, argument: torch.Tensor, row: torch.Tensor, other: torch.Tensor, out: torch.Tensor
+) -> None:
+    _check_dtype(argument)
+    argument, row, other = argument.contiguous(), row.long().contiguous(), other.long().contiguous()
+    failed = _library().smelt_pairs(
+        int(summing),
+        int(argument.dtype == torch.float64),
+        torch.get_num_threads(),
+        len(argument),
+        len(row) - 1,
+        len(other),
+        row.data_ptr(),
+        other.data_ptr(),
+        argument.data_ptr(),
+        out.data_ptr(),
+    )
+    if failed:
+        raise MemoryError(f"no threads for the sums over {len(other)} pairs")
+
+
 def _run(
     product: int,
     vec: torch.Tensor,
@@ -82,8 +122,7 @@ def _run(
     out: torch.Tensor,
     p: AEVParameters,
 ) -> None:
-    if vec.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"vec is {vec.dtype}: must be float32 or float64")
+    _check_dtype(vec)
     _check("vec", vec, (len(species_other), 3))
     vec, row, species_other = vec.contiguous(), row.long().contiguous(), species_other.long().contiguous()
     argument = out if argument is None else argument.to(vec.dtype).contiguous()
@@ -109,6 +148,11 @@ def _run(
 def _check(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
     if tuple(tensor.shape) != shape or tensor.device.type != "cpu":
         raise ValueError(f"{name} is {tuple(tensor.shape)} on {tensor.device}: must be {shape} on the CPU")
+
+
+def _check_dtype(tensor: torch.Tensor) -> None:
+    if tensor.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"{tensor.dtype}: the C++ kernels know float32 and float64")
 
 
 @functools.cache
@@ -147,5 +191,6 @@ def _shape(p: AEVParameters) -> _Shape:
 def _library() -> ctypes.CDLL:
     library = ctypes.CDLL(str(LIBRARY))
     integer, long, pointer = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
+    library.smelt_pairs.argtypes = [*[integer] * 3, *[long] * 3, *[pointer] * 4]
     library.smelt_aev.argtypes = [*[integer] * 4, ctypes.POINTER(_Shape), *[long] * 3, *[pointer] * 5]
     return library

@@ -170,13 +170,13 @@ private:
 
 #if defined(__AVX512F__)
 
-template <> INLINE Simd<float>::V Simd<float>::max(V a, float b) { return (V)_mm512_max_ps((__m512)a, (__m512)all(b)); }
-template <> INLINE Simd<double>::V Simd<double>::max(V a, double b) {
-    return (V)_mm512_max_pd((__m512d)a, (__m512d)all(b));
-}
 // The unmasked forms of these make GCC 12 warn about its own header.
 constexpr __mmask16 ALL16 = 0xffff;
 constexpr __mmask8 ALL8 = 0xff;
+template <> INLINE Simd<float>::V Simd<float>::max(V a, float b) { return (V)_mm512_maskz_max_ps(ALL16, (__m512)a, (__m512)all(b)); }
+template <> INLINE Simd<double>::V Simd<double>::max(V a, double b) {
+    return (V)_mm512_maskz_max_pd(ALL8, (__m512d)a, (__m512d)all(b));
+}
 template <> INLINE Simd<float>::V Simd<float>::sqrt(V x) { return (V)_mm512_maskz_sqrt_ps(ALL16, (__m512)x); }
 template <> INLINE Simd<double>::V Simd<double>::sqrt(V x) { return (V)_mm512_maskz_sqrt_pd(ALL8, (__m512d)x); }
 template <> INLINE Simd<float>::V Simd<float>::round(V x) { return (V)_mm512_maskz_roundscale_ps(ALL16, (__m512)x, 0); }
