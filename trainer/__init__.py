@@ -1,0 +1,1 @@
+"""Fits the stacked committee to labels, data-parallel over structures."""

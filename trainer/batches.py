@@ -1,0 +1,40 @@
+"""Which structures make up a step, and which rank does which? Pure arithmetic, the same on every rank.
+
+Structures are sorted by size and cut into windows as long as an epoch has steps. Every batch takes one structure from
+each window, and a window belongs to one rank for good. So each batch has the same mix of sizes, every rank has its
+even share of it, keeps only its own structures in memory, and no batch depends on the number of ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["Windows"]
+
+
+class Windows:
+    """Cut structures of `n_atoms` atoms, (n,), into windows; ties in size are broken by `ids`."""
+
+    def __init__(self, n_atoms: Sequence[int], ids: Sequence[str], batch: int, least_steps: int) -> None:
+        n = len(ids)
+        self.n_steps = max(-(-n // batch), min(least_steps, n))
+        order = sorted(range(n), key=lambda i: (n_atoms[i], ids[i]))
+        self._windows = [np.array(order[i : i + self.n_steps]) for i in range(0, n, self.n_steps)]
+
+    def owned(self, rank: int, n_ranks: int) -> NDArray[np.int64]:
+        """Return the structures that `rank` works on, every one in exactly one rank."""
+        mine = self._windows[rank::n_ranks]
+        return np.concatenate(mine) if mine else np.empty(0, dtype=np.int64)
+
+    def epoch(self, seed: int, epoch: int) -> list[NDArray[np.int64]]:
+        """Return the structures of each step; together they are every structure once."""
+        rng = np.random.default_rng([seed, epoch])
+        steps: list[list[int]] = [[] for _ in range(self.n_steps)]
+        for window in self._windows:
+            # The last window may be short: its structures fall to random steps.
+            for step, structure in zip(rng.permutation(self.n_steps), window, strict=False):
+                steps[step].append(int(structure))
+        return [np.array(step, dtype=np.int64) for step in steps]

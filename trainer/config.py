@@ -1,0 +1,54 @@
+"""What can be chosen about training?"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from shards.settings import Settings
+
+__all__ = ["TrainerSettings"]
+
+
+class TrainerSettings(Settings):
+    """How the committee is fitted to its labels."""
+
+    ranks: int = Field(default=2, ge=1)
+    """Horovod ranks; each does its share of every batch. The result depends on their number only by rounding."""
+    batch: int = Field(default=128, ge=1)
+    """Structures per step, over all ranks together. Published: 128 cells for 6,351."""
+    steps_per_epoch: int = Field(default=8, ge=1)
+    """Fewest steps per epoch: a small data set is cut into smaller batches until it has so many."""
+    learning_rate: float = Field(default=3e-3, gt=0, le=0.1)
+    """First step size of Adam, of every member. Published: 1e-3, which wants some hundred epochs more."""
+    factor: float = Field(default=0.5, gt=0, lt=1)
+    """A member's learning rate is multiplied by this when its validation loss has stopped falling."""
+    patience: int = Field(default=100, ge=1)
+    """Epochs without a better validation loss before a member's learning rate drops. Published: 100."""
+    min_learning_rate: float = Field(default=1e-5, gt=0)
+    """A member is finished once its learning rate falls below this."""
+    max_epochs: int = Field(default=2000, ge=1)
+    """Stop after so many epochs at the latest."""
+    max_minutes: float = Field(default=0.0, ge=0)
+    """Stop after so many minutes (interruptions not counted), with the best weights until then. 0: no limit."""
+    energy_weight: float = Field(default=1.0, ge=0)
+    """Weight of (energy error)^2 / n_atoms, eV^2. Per atom, not per atom squared: so cells of all sizes count alike."""
+    force_weight: float = Field(default=3.0, ge=0)
+    """Weight of the mean square error of force components, in A^2. From 0.1 to 3 all errors fall; 10 costs energies."""
+    stress_weight: float = Field(default=0.1, ge=0)
+    """Weight of the mean over six components of (volume * stress error)^2 / n_atoms, eV^2."""
+    force_cap_eV_per_A: float = Field(default=1.0, gt=0)
+    """Force errors beyond this count linearly, not squared (Huber), so that a few colliding atoms do not rule."""
+    dtype: Literal["float32", "float64"] = "float32"
+    """Precision of the networks while training. float64 costs about twice as much."""
+    warm_start: bool = False
+    """Begin from the committee the caller names (the last generation's) instead of from random weights."""
+    energy_outlier_sigma: float = Field(default=9.0, gt=0)
+    """Leave out cells whose energy / sqrt(n_atoms) is so many standard deviations off the rest. Published: 9."""
+    max_force_eV_per_A: float = Field(default=50.0, gt=0)
+    """Leave out cells with a larger force component. Published tools: 54 (2 Ha/A)."""
+    jacobian_memory_GB: float = Field(default=4.0, ge=0)
+    """Memory, over all ranks, for derivatives of the descriptors; a set that needs more recomputes them. 0: always."""
+    checkpoint_every_s: float = Field(default=30.0, ge=0)
+    """Seconds between checkpoints; written at the end of an epoch. 0: every epoch."""

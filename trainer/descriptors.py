@@ -1,0 +1,155 @@
+"""How do g = dE/dAEV of a block of structures become forces and stress, and their residuals return to AEVs?
+
+Both are products with the Jacobian of the AEVs by positions and strain. Geometries never change in training, so AEVs
+are kept. The Jacobian either is kept too, dense per structure with all images summed (cells of a few tens of atoms: one
+small matrix product for the whole committee), or is recomputed by the kernels from pair vectors. Neither needs a second
+derivative.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from potential.aev import AEVParameters
+from potential.kernels import aev_forward, aev_jvp, aev_vjp
+from potential.neighbours import find_neighbours, pair_vectors
+from potential.structures import Structures
+from shards.frame import Frame
+
+__all__ = ["Block", "Geometry", "describe", "jacobian_bytes", "join", "with_jacobian"]
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """One structure as the trainer sees it.
+
+    species: (n,). aev: (n, L). Pairs sorted by centre: vec (E, 3), A; centre and other (E,). jacobian: (3n + 6, n * L),
+    rows -dAEV/dx then dAEV/dstrain (xx yy zz yz xz xy), or without rows when it is not kept.
+    """
+
+    species: Tensor
+    aev: Tensor
+    vec: Tensor
+    centre: Tensor
+    other: Tensor
+    jacobian: Tensor
+
+
+def describe(frame: Frame, elements: Sequence[str], p: AEVParameters, dtype: torch.dtype) -> Geometry:
+    """Find the neighbours in float64, and the AEVs in `dtype`."""
+    structures = Structures.from_frames([frame], elements, torch.float64, torch.device("cpu"))
+    neighbours = find_neighbours(structures, max(p.radial_cutoff_A, p.angular_cutoff_A))
+    vec = pair_vectors(structures, neighbours).to(dtype)
+    species = structures.species
+    aev = aev_forward(vec, neighbours.row, species[neighbours.other], p)
+    return Geometry(species, aev, vec, neighbours.centre, neighbours.other, aev.new_empty(0, aev.numel()))
+
+
+def with_jacobian(geometry: Geometry, p: AEVParameters) -> Geometry:
+    """Compute the rows of the Jacobian as products with unit vectors."""
+    n = len(geometry.species)
+    units = torch.eye(3 * n + 6, dtype=geometry.aev.dtype)
+    forces, virial = units[:, : 3 * n].reshape(-1, n, 3), units[:, None, 3 * n :]
+    rows = _Recomputed([geometry], p).lift(forces, virial.contiguous())
+    return Geometry(
+        geometry.species,
+        geometry.aev,
+        geometry.vec[:0],
+        geometry.centre[:0],
+        geometry.other[:0],
+        rows.reshape(3 * n + 6, -1).contiguous(),
+    )
+
+
+def jacobian_bytes(n_atoms: Sequence[int], length: int, dtype: torch.dtype) -> int:
+    """Return the size of the dense Jacobians of structures of so many atoms and AEVs of `length`."""
+    return sum((3 * n + 6) * n * length for n in n_atoms) * dtype.itemsize
+
+
+class Block(ABC):
+    """Some structures joined: B of them with N atoms in all."""
+
+    def __init__(self, geometries: Sequence[Geometry]) -> None:
+        counts = torch.tensor([len(geometry.species) for geometry in geometries])
+        self.species = torch.cat([geometry.species for geometry in geometries])
+        self.aev = torch.cat([geometry.aev for geometry in geometries])
+        self.frame_of_atom = torch.repeat_interleave(torch.arange(len(counts)), counts)
+        self.n_atoms = counts
+
+    @abstractmethod
+    def project(self, g: Tensor) -> tuple[Tensor, Tensor]:
+        """Return forces (M, N, 3), eV/A, and virial = volume * stress (M, B, 6), eV, for g (M, N, L)."""
+
+    @abstractmethod
+    def lift(self, forces: Tensor, virial: Tensor) -> Tensor:
+        """Apply the transpose of `project`: (M, N, 3) and (M, B, 6) to (M, N, L)."""
+
+
+def join(geometries: Sequence[Geometry], p: AEVParameters) -> Block:
+    """Join structures that all keep their Jacobian, or none does."""
+    return _Kept(geometries) if len(geometries[0].jacobian) else _Recomputed(geometries, p)
+
+
+class _Kept(Block):
+    def __init__(self, geometries: Sequence[Geometry]) -> None:
+        super().__init__(geometries)
+        self._jacobians = [geometry.jacobian for geometry in geometries]
+
+    def project(self, g: Tensor) -> tuple[Tensor, Tensor]:
+        forces, virial, at = [], [], 0
+        for jacobian in self._jacobians:
+            n = (len(jacobian) - 6) // 3
+            rows = g[:, at : at + n].reshape(len(g), -1) @ jacobian.T
+            forces.append(rows[:, : 3 * n].view(-1, n, 3))
+            virial.append(rows[:, 3 * n :])
+            at += n
+        return torch.cat(forces, dim=1), torch.stack(virial, dim=1)
+
+    def lift(self, forces: Tensor, virial: Tensor) -> Tensor:
+        lifted, at = [], 0
+        for i, jacobian in enumerate(self._jacobians):
+            n = (len(jacobian) - 6) // 3
+            rows = torch.cat([forces[:, at : at + n].reshape(len(forces), -1), virial[:, i]], dim=1)
+            lifted.append((rows @ jacobian).view(len(forces), n, -1))
+            at += n
+        return torch.cat(lifted, dim=1)
+
+
+class _Recomputed(Block):
+    def __init__(self, geometries: Sequence[Geometry], p: AEVParameters) -> None:
+        super().__init__(geometries)
+        first = torch.cumsum(self.n_atoms, 0) - self.n_atoms
+        self._p = p
+        self._vec = torch.cat([geometry.vec for geometry in geometries])
+        self._centre = torch.cat([geometry.centre + at for geometry, at in zip(geometries, first, strict=True)])
+        self._other = torch.cat([geometry.other + at for geometry, at in zip(geometries, first, strict=True)])
+        per_atom = torch.bincount(self._centre, minlength=len(self.species))
+        self._row = torch.cat([per_atom.new_zeros(1), torch.cumsum(per_atom, 0)])
+
+    def project(self, g: Tensor) -> tuple[Tensor, Tensor]:
+        pull = aev_vjp(self._vec, self._row, self.species[self._other], g.contiguous(), self._p)  # dE/dvec
+        forces = g.new_zeros(len(g), len(self.species), 3)
+        forces.index_add_(1, self._centre, pull).index_add_(1, self._other, pull, alpha=-1)
+        x, y, z = self._vec.unbind(1)
+        px, py, pz = pull.unbind(2)
+        parts = [px * x, py * y, pz * z, (py * z + pz * y) / 2, (px * z + pz * x) / 2, (px * y + py * x) / 2]
+        virial = g.new_zeros(len(g), len(self.n_atoms), 6)
+        virial.index_add_(1, self.frame_of_atom[self._centre], torch.stack(parts, dim=2))
+        return forces, virial
+
+    def lift(self, forces: Tensor, virial: Tensor) -> Tensor:
+        tangent = forces[:, self._centre] - forces[:, self._other]
+        xx, yy, zz, yz, xz, xy = virial[:, self.frame_of_atom[self._centre]].unbind(2)
+        x, y, z = self._vec.unbind(1)
+        stretch = [
+            xx * x + (xy * y + xz * z) / 2,
+            yy * y + (xy * x + yz * z) / 2,
+            zz * z + (xz * x + yz * y) / 2,
+        ]
+        tangent += torch.stack(stretch, dim=2)
+        return aev_jvp(self._vec, self._row, self.species[self._other], tangent, self._p)

@@ -1,0 +1,121 @@
+"""How wrong are energies, forces and stress, and which way is better? Pure arithmetic per member and structure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["COLUMNS", "Errors", "References", "Weights", "compare", "mean_loss", "summarise"]
+
+# Sums that are kept per member; every error of a training is made from them.
+COLUMNS = ("n", "loss", "n_energy", "energy", "n_force", "force", "n_stress", "stress")
+
+GPA = 160.2176634  # GPa in 1 eV/A^3, from the exact SI value of the elementary charge
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The loss of a structure: energy * dE^2/n + force * mean huber(dF) + stress * mean dW^2/n, W = volume * stress."""
+
+    energy: float
+    force: float  # A^2
+    stress: float
+    force_cap: float  # eV/A
+
+
+@dataclass(frozen=True)
+class References:
+    """Labels of B structures with N atoms in all; NaN where there is none.
+
+    energy: (B,), eV, less the self energies. forces: (N, 3), eV/A. virial: (B, 6), volume * stress, eV, in the order
+    xx yy zz yz xz xy. volume: (B,), A^3. n_atoms: (B,). frame_of_atom: (N,).
+    """
+
+    energy: Tensor
+    forces: Tensor
+    virial: Tensor
+    volume: Tensor
+    n_atoms: Tensor
+    frame_of_atom: Tensor
+
+
+@dataclass(frozen=True)
+class Errors:
+    """loss: (M, B), its derivatives by energy (M, B), forces (M, N, 3), virial (M, B, 6); sums: (M, B, 8), COLUMNS."""
+
+    loss: Tensor
+    by_energy: Tensor
+    by_forces: Tensor
+    by_virial: Tensor
+    sums: Tensor
+
+
+def compare(energy: Tensor, forces: Tensor, virial: Tensor, truth: References, weights: Weights) -> Errors:
+    """Compare predictions (M, B), (M, N, 3), (M, B, 6) with labels; what has no label counts as right."""
+    n = truth.n_atoms.to(energy.dtype)
+    off_energy, has_energy = _difference(energy, truth.energy)
+    off_forces, has_forces = _difference(forces, truth.forces)
+    off_virial, has_virial = _difference(virial, truth.virial)
+    capped = off_forces.clamp(-weights.force_cap, weights.force_cap)
+    huber = capped * (2 * off_forces - capped)
+    loss = (
+        weights.energy * off_energy**2 / n
+        + weights.force * _per_frame(huber, truth.frame_of_atom, n) / (3 * n)
+        + weights.stress * (off_virial**2).mean(2) / n
+    )
+    count_of_atom = n[truth.frame_of_atom][:, None]
+    columns = [
+        torch.ones_like(loss),
+        loss,
+        has_energy.expand_as(loss),
+        (off_energy / n) ** 2,
+        _per_frame(has_forces[None], truth.frame_of_atom, n).expand_as(loss),
+        _per_frame(off_forces**2, truth.frame_of_atom, n),
+        has_virial.sum(1).expand_as(loss),
+        ((off_virial / truth.volume[:, None]) ** 2).sum(2),
+    ]
+    return Errors(
+        loss=loss,
+        by_energy=2 * weights.energy * off_energy / n,
+        by_forces=2 / 3 * weights.force * capped / count_of_atom,
+        by_virial=weights.stress / 3 * off_virial / n[:, None],
+        sums=torch.stack(columns, dim=2),
+    )
+
+
+def mean_loss(sums: Tensor) -> list[float]:
+    """Return each member's loss from its sums, (M, 8)."""
+    losses: list[float] = (sums[:, COLUMNS.index("loss")] / sums[:, COLUMNS.index("n")]).tolist()
+    return losses
+
+
+def summarise(sums: Tensor) -> dict[str, list[float | None]]:
+    """Turn sums, (M, 8), into per-member loss and root mean square errors; None where nothing was compared."""
+    by_name = dict(zip(COLUMNS, sums.double().unbind(1), strict=True))
+
+    def root(name: str, unit: float) -> list[float | None]:
+        return _where(by_name[f"n_{name}"], (by_name[name] / by_name[f"n_{name}"]).sqrt() * unit)
+
+    return {
+        "loss": _where(by_name["n"], by_name["loss"] / by_name["n"]),
+        "energy_meV_per_atom": root("energy", 1000.0),
+        "force_eV_per_A": root("force", 1.0),
+        "stress_GPa": root("stress", GPA),
+    }
+
+
+def _where(counts: Tensor, values: Tensor) -> list[float | None]:
+    return [value if n else None for n, value in zip(counts.tolist(), values.tolist(), strict=True)]
+
+
+def _difference(predicted: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+    """Return prediction less label, 0 where there is no label, and where there is one, in the prediction's dtype."""
+    there = torch.isfinite(label)
+    return torch.where(there, predicted - label.nan_to_num(), 0.0), there.to(predicted.dtype)
+
+
+def _per_frame(values: Tensor, frame_of_atom: Tensor, n: Tensor) -> Tensor:
+    """Sum components (M, N, 3) over the atoms of each structure: (M, B)."""
+    return values.new_zeros(len(values), len(n)).index_add_(1, frame_of_atom, values.sum(2))
