@@ -6,7 +6,6 @@ All members are one stack of parameters. They share neighbours, AEVs and the fea
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -15,9 +14,8 @@ import torch
 
 from potential.aev import AEVParameters
 from potential.config import PotentialSettings
-from potential.forces import atomic_forces, pair_forces, virials
-from potential.kernels import aev_forward
-from potential.neighbours import Neighbours, find_neighbours, pair_vectors
+from potential.kernels import aev_forward, aev_vjp, networks, pair_sums
+from potential.neighbours import Neighbours, find_neighbours, pair_vectors, pairs_of_frames
 from potential.structures import Structures
 
 if TYPE_CHECKING:
@@ -27,7 +25,6 @@ __all__ = ["CELU_ALPHA", "Committee", "Evaluation"]
 
 CELU_ALPHA = 0.1
 LOWEST_ACTIVATION = -40 * CELU_ALPHA  # exp(-40) is as good as 0, exp(-90) would be a denormal number, and slow
-ATOMS_PER_BLOCK = 128  # rows of the networks' matrices at a time: their intermediates stay in the cache
 
 
 @dataclass(frozen=True)
@@ -75,49 +72,16 @@ class _Network(torch.nn.Module):
         self.weights = torch.nn.ParameterList(torch.zeros(n_members, out, n) for n, out in pairs)
         self.biases = torch.nn.ParameterList(torch.zeros(n_members, out) for _, out in pairs)
 
-    def _hidden(self, aev: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Last hidden layer, (M, n, H), and the slopes of the activations of all layers."""
-        weights, biases = list(self.weights), list(self.biases)
-        # All members read the same input, so their first layer is one matrix product.
-        value = torch.nn.functional.linear(aev, weights[0].flatten(0, 1), biases[0].flatten())
-        value = value.unflatten(1, weights[0].shape[:2]).transpose(0, 1)
-        slopes = []
-        for layer in range(1, len(weights)):
-            value, slope = _celu(value)
-            slopes.append(slope)
-            if layer < len(weights) - 1:
-                value = torch.baddbmm(biases[layer][:, None], value, weights[layer].transpose(1, 2))
-        return value, slopes
-
     def forward(self, aev: torch.Tensor) -> torch.Tensor:
         """(M, n), eV, from (n, L)."""
-        value, _ = self._hidden(aev)
-        return self._output(value)
-
-    def _output(self, value: torch.Tensor) -> torch.Tensor:
-        energy: torch.Tensor = torch.bmm(value, self.weights[-1].transpose(1, 2)).squeeze(2) + self.biases[-1]
-        return energy
-
-    def with_gradient(self, aev: torch.Tensor, mean: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-        """Energies (M, n), and dE/dAEV, (M, n, L), or its mean over members, (1, n, L).
-
-        The gradient is written out rather than left to autograd, so that training differentiates it only once.
-        """
-        value, slopes = self._hidden(aev)
-        gradient = slopes[-1] * self.weights[-1]
-        for layer in range(len(slopes) - 1, 0, -1):
-            gradient = torch.bmm(gradient, self.weights[layer]) * slopes[layer - 1]
-        first = self.weights[0]
-        if mean:
-            joined = gradient.transpose(0, 1).flatten(1) @ first.flatten(0, 1)
-            return self._output(value), joined[None] / len(first)
-        return self._output(value), torch.bmm(gradient, first)
-
-
-def _celu(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """max(x, 0) + alpha (exp(min(x, 0) / alpha) - 1), and its derivative."""
-    slope = (x.clamp(min=LOWEST_ACTIVATION, max=0) * (1 / (CELU_ALPHA * math.log(2)))).exp2()
-    return torch.add(x.relu(), slope - 1, alpha=CELU_ALPHA), slope
+        value = aev.expand(len(self.weights[0]), -1, -1)
+        last = len(self.weights) - 1
+        for layer, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
+            value = torch.baddbmm(bias[:, None], value, weight.transpose(1, 2))
+            if layer < last:
+                slope = (value.clamp(min=LOWEST_ACTIVATION, max=0) / CELU_ALPHA).exp()
+                value = torch.add(value.relu(), slope - 1, alpha=CELU_ALPHA)
+        return value.squeeze(2)
 
 
 class Committee(torch.nn.Module):
@@ -191,14 +155,6 @@ class Committee(torch.nn.Module):
         parts = [network(rows) for network, rows in self._by_element(aev, species)]
         return self._in_order(parts, species)
 
-    def atomic_energies_and_gradient(
-        self, aev: torch.Tensor, species: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Energies (M, N) and dE/dAEV (M, N, L), eV. Both are differentiable by the parameters."""
-        parts = [network.with_gradient(rows) for network, rows in self._by_element(aev, species)]
-        energies, gradients = zip(*parts, strict=True)
-        return self._in_order(energies, species), self._in_order(gradients, species)
-
     def total_energies(self, atomic: torch.Tensor, structures: Structures) -> torch.Tensor:
         """(M, B), eV, float64: atomic energies (M, N) summed over each structure, with self energies."""
         atomic = atomic.double() + self.self_energies.to(atomic.device)[structures.species]
@@ -224,15 +180,18 @@ class Committee(torch.nn.Module):
         vec = pair_vectors(structures, neighbours).to(self.dtype)
         species_other = structures.species.index_select(0, neighbours.other)
         aev = aev_forward(vec, neighbours.row, species_other, self.aev)
-        if forces == "none" and not stress:
-            return Evaluation(structures.n_atoms, self.total_energies(self._energies(aev, structures), structures))
-        atomic, gradient = self._blockwise(aev, structures.species, mean=forces != "members")
-        pair = pair_forces(gradient, vec, neighbours.row, species_other, self.aev)
-        by_atom = None if forces == "none" else atomic_forces(pair, neighbours)
-        strained = _stress(virials(pair, vec, structures, neighbours), structures) if stress else None
+        # Without the members' forces one gradient will do, that of the mean energy.
+        n_gradients = self.n_members if forces == "members" else int(forces == "mean" or stress)
+        atomic, gradient = self._networks(aev, structures.species, n_gradients)
+        energies = self.total_energies(atomic, structures)
+        if not n_gradients:
+            return Evaluation(structures.n_atoms, energies)
+        pair = aev_vjp(vec, neighbours.row, species_other, gradient, self.aev)
+        by_atom = None if forces == "none" else pair_sums(pair, neighbours.row, neighbours.other)
+        strained = _stress(_virials(pair, vec, structures, neighbours), structures) if stress else None
         return Evaluation(
             n_atoms=structures.n_atoms,
-            energy_members=self.total_energies(atomic, structures),
+            energy_members=energies,
             forces_mean=None if by_atom is None else by_atom.mean(0),
             forces_members=by_atom if forces == "members" else None,
             stress=None if strained is None else strained.mean(0),
@@ -246,18 +205,15 @@ class Committee(torch.nn.Module):
 
         return CommitteeCalculator(self, dtype=dtype, skin_A=skin_A)
 
-    def _energies(self, aev: torch.Tensor, structures: Structures) -> torch.Tensor:
-        blocks = zip(aev.split(ATOMS_PER_BLOCK), structures.species.split(ATOMS_PER_BLOCK), strict=True)
-        return torch.cat([self.atomic_energies(rows, species) for rows, species in blocks], 1)
-
-    def _blockwise(self, aev: torch.Tensor, species: torch.Tensor, mean: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """Atomic energies (M, N), and dE/dAEV (M, N, L) or its mean over members (1, N, L)."""
+    def _networks(
+        self, aev: torch.Tensor, species: torch.Tensor, n_gradients: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Atomic energies (M, N), and dE/dAEV (M, N, L) of all members, (1, N, L) of their mean, or (0, N, L)."""
         energies = aev.new_empty(self.n_members, len(aev))
-        gradient = aev.new_empty(1 if mean else self.n_members, *aev.shape)
-        for element, network in enumerate(self._stacks()):
+        gradient = aev.new_empty(n_gradients, *aev.shape)
+        for element, stack in enumerate(self._stacks()):
             atoms = (species == element).nonzero().squeeze(1)
-            for block in atoms.split(ATOMS_PER_BLOCK):
-                energies[:, block], gradient[:, block] = network.with_gradient(aev.index_select(0, block), mean)
+            networks(aev, atoms, list(stack.weights), list(stack.biases), CELU_ALPHA, energies, gradient)
         return energies, gradient
 
     def _by_element(self, aev: torch.Tensor, species: torch.Tensor) -> Iterator[tuple[_Network, torch.Tensor]]:
@@ -277,6 +233,16 @@ class Committee(torch.nn.Module):
 
     def _stacks(self) -> list[_Network]:
         return [network for network in self.networks if isinstance(network, _Network)]
+
+
+def _virials(pair: torch.Tensor, vec: torch.Tensor, structures: Structures, neighbours: Neighbours) -> torch.Tensor:
+    """(M, B, 3, 3), eV, symmetric: dE/dstrain = sum over pairs of vec (x) dE/dvec, from pair forces (M, E, 3)."""
+    ends = pairs_of_frames(structures, neighbours)
+    virial = torch.stack(
+        [torch.matmul(vec[low:high].T, pair[:, low:high]) for low, high in itertools.pairwise(ends)],
+        dim=1,
+    )
+    return (virial + virial.transpose(2, 3)) / 2
 
 
 def _stress(virial: torch.Tensor, structures: Structures) -> torch.Tensor:

@@ -45,7 +45,7 @@ def pair_vectors(structures: Structures, neighbours: Neighbours) -> torch.Tensor
     shift = neighbours.shift.to(vectors.dtype)
     # One matrix product per frame: gathering a cell for every pair costs eight times as much.
     ends = pairs_of_frames(structures, neighbours)
-    for frame, (low, high) in enumerate(zip(ends, ends[1:], strict=False)):
+    for frame, (low, high) in enumerate(itertools.pairwise(ends)):
         vectors[low:high].addmm_(shift[low:high], structures.cell[frame])
     return vectors
 

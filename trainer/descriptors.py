@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from potential.aev import AEVParameters
-from potential.kernels import aev_forward, aev_jvp, aev_vjp
+from potential.kernels import aev_forward, aev_jvp, aev_vjp, pair_differences, pair_sums
 from potential.neighbours import find_neighbours, pair_vectors
 from potential.structures import Structures
 from shards.frame import Frame
@@ -133,8 +133,7 @@ class _Recomputed(Block):
 
     def project(self, g: Tensor) -> tuple[Tensor, Tensor]:
         pull = aev_vjp(self._vec, self._row, self.species[self._other], g.contiguous(), self._p)  # dE/dvec
-        forces = g.new_zeros(len(g), len(self.species), 3)
-        forces.index_add_(1, self._centre, pull).index_add_(1, self._other, pull, alpha=-1)
+        forces = pair_sums(pull, self._row, self._other)
         x, y, z = self._vec.unbind(1)
         px, py, pz = pull.unbind(2)
         parts = [px * x, py * y, pz * z, (py * z + pz * y) / 2, (px * z + pz * x) / 2, (px * y + py * x) / 2]
@@ -143,7 +142,7 @@ class _Recomputed(Block):
         return forces, virial
 
     def lift(self, forces: Tensor, virial: Tensor) -> Tensor:
-        tangent = forces[:, self._centre] - forces[:, self._other]
+        tangent = pair_differences(forces.contiguous(), self._row, self._other)
         xx, yy, zz, yz, xz, xy = virial[:, self.frame_of_atom[self._centre]].unbind(2)
         x, y, z = self._vec.unbind(1)
         stretch = [

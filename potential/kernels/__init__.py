@@ -1,4 +1,4 @@
-"""Which implementation of the AEV and its products runs? The fastest there is for these tensors; callers never know.
+"""Which implementation of AEVs, networks and pair sums runs? The fastest for these tensors; callers never know.
 
 `reference` (plain PyTorch) defines the answer; `native` (C++) is used for tensors on the CPU when it was built. The
 environment variable SMELT_KERNELS=reference|native forces one of them, for tests.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import os
 import warnings
+from collections.abc import Sequence
 from types import ModuleType
 
 import torch
@@ -16,7 +17,16 @@ import torch
 from potential.aev import AEVParameters
 from potential.kernels import reference
 
-__all__ = ["aev_forward", "aev_jvp", "aev_vjp", "implementation", "native_available"]
+__all__ = [
+    "aev_forward",
+    "aev_jvp",
+    "aev_vjp",
+    "implementation",
+    "native_available",
+    "networks",
+    "pair_differences",
+    "pair_sums",
+]
 
 
 def aev_forward(vec: torch.Tensor, row: torch.Tensor, species_other: torch.Tensor, p: AEVParameters) -> torch.Tensor:
@@ -43,6 +53,40 @@ def aev_jvp(
     """J: change of the AEVs when vec changes by tangent_m, (M, N, L). tangent: (M, E, 3)."""
     product: torch.Tensor = _kernels(vec).aev_jvp(vec, row, species_other, tangent, p)
     return product
+
+
+def networks(
+    aev: torch.Tensor,
+    atoms: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor],
+    celu_alpha: float,
+    energies: torch.Tensor,
+    gradient: torch.Tensor,
+) -> None:
+    """Write the energies of `atoms` by all members to `energies`, and dE/dAEV of each or of their mean to `gradient`.
+
+    aev: (N, L); atoms: (n,), those of one element; weights, biases: per layer (M, out, in) and (M, out), the last with
+    one output; energies: (M, N); gradient: (M, N, L), (1, N, L) for the mean, or (0, N, L) for none. Rows of other
+    atoms are left as they are.
+    """
+    _kernels(aev).networks(aev, atoms, weights, biases, celu_alpha, energies, gradient)
+
+
+def pair_sums(pair: torch.Tensor, row: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """(M, N, 3): of each atom, the sum over its own pairs less that over the pairs in which it is the other.
+
+    pair: (M, E, 3); row: (N + 1,); other: (E,). Of dE/dvec, the derivatives of the energy by the pair vectors, these
+    are the forces on the atoms.
+    """
+    sums: torch.Tensor = _kernels(pair).pair_sums(pair, row, other)
+    return sums
+
+
+def pair_differences(atom: torch.Tensor, row: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """(M, E, 3): of each pair, its centre's value less the other's: pair_sums transposed. atom: (M, N, 3)."""
+    differences: torch.Tensor = _kernels(atom).pair_differences(atom, row, other)
+    return differences
 
 
 def implementation(vec: torch.Tensor) -> str:

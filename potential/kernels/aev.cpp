@@ -1,109 +1,599 @@
-// Which instruction set, how many threads, and with which floating-point mode does a product of the AEV run?
+// What is the AEV of an atom, its transposed derivative and its derivative, on one instruction set?
 //
-// Plain C entry points without any torch or Python header, so that ctypes, a torch.library wrapper and a LAMMPS pair
-// style can all call them. Atoms are independent, so the answer does not depend on the number of threads.
-#include <cstdlib>
-#include <exception>
-#include <new>
-
+// Descriptor: ANI-1 (doi 10.1039/C6SC05720A, eqs. 3-4 with TorchANI's constants). With fc(r) = cos^2(pi r / 2 Rc),
+//   radial   G[k]    = sum_j   1/4 exp(-EtaR (r_j - Rs_k)^2) fc(r_j)
+//   angular  G[a][z] = sum_j<k Z_z R_a P,   Z_z = 2 ((1 + cos(th - th_z)) / 2)^Zeta,  th = acos(0.95 cos_jk),
+//                      R_a = exp(-EtaA ((r_j + r_k)/2 - Rs_a)^2),  P = fc(r_j) fc(r_k)
+// acos is never taken: cos(th - th_z) = c cos th_z + s sin th_z with c = 0.95 cos_jk, s = sqrt(1 - c^2) >= 0.31.
+// Nothing is stored between the products: each recomputes the features, 128 pairs of neighbours at a time, and the
+// sums over pairs are outer products R^T Z (small matrix products) with the pairs of neighbours in the lanes.
+//
+// Compiled once per instruction set with SMELT_SIMD naming the object's table. No function with external linkage but
+// that table, hence no container or algorithm of the standard library: code compiled for one processor must never be
+// linked in place of another's.
 #include "aev.h"
-#include "threads.h"
-#if defined(__SSE2__)
-#include <xmmintrin.h>
-#endif
+#include "simd.h"
 
-extern const AevKernel smelt_plain[2];
-#if defined(__x86_64__)
-extern const AevKernel smelt_avx2[2], smelt_avx512[2];
-#endif
+#include <initializer_list>
 
 namespace {
 
-constexpr int64_t ATOMS_PER_TURN = 16;
+constexpr double PI = 3.14159265358979324, LOG2_E = 1.44269504088896341;
+constexpr int CHUNK = 128;                            // pairs of neighbours whose features stay in the L1 cache
+constexpr int BLOCK = 4;                              // shifts are handled by fours, padded
+constexpr int ROWS = BYTES == 64 ? 4 : 2;             // ROWS x BLOCK accumulators fit the register file
+constexpr double SHRINK = 0.95;                       // keeps the derivative of acos finite
 
-// Flush denormals to zero while it lives, in this thread only: products of far Gaussians are denormal, and a denormal
-// operand costs over 100 cycles.
-class FlushDenormals {
-#if defined(__SSE2__)
-    unsigned saved = _mm_getcsr();
-public:
-    FlushDenormals() { _mm_setcsr(saved | 0x8040); }
-    ~FlushDenormals() { _mm_setcsr(saved); }
-#elif defined(__aarch64__)
-    uint64_t saved;
-public:
-    FlushDenormals() {
-        asm volatile("mrs %0, fpcr" : "=r"(saved));
-        asm volatile("msr fpcr, %0" : : "r"(saved | (1ull << 24)));
+constexpr int round_up(int n, int unit) { return (n + unit - 1) / unit * unit; }
+INLINE int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Hands out 64-byte aligned pieces of the workspace; with base = null it only counts.
+struct Arena {
+    char* base;
+    size_t used = 0;
+    template <class U> U* take(size_t n) {
+        U* piece = reinterpret_cast<U*>(base + used);
+        used += (n * sizeof(U) + 63) / 64 * 64;
+        return piece;
     }
-    ~FlushDenormals() { asm volatile("msr fpcr, %0" : : "r"(saved)); }
-#else
-public:
-    FlushDenormals() {}
-#endif
 };
 
-class Workspace {
-    void* memory;
-public:
-    explicit Workspace(size_t bytes) : memory(std::calloc(bytes + 64, 1)) {
-        if (!memory) throw std::bad_alloc();
+// The neighbours of one atom within a cutoff, sorted by species; each species begins at a multiple of the lane count
+// and is padded with neighbours beyond the cutoff, whose fc is exactly 0.
+template <class T> struct Neighbours {
+    T *x, *y, *z, *r, *inverse, *fc, *dfc;            // unit vector, distance, 1/r, cutoff function, its derivative
+    int *edge, *species, *begin, *end;                // edge within the row; per species present: index, slots
+    int n_slots, n_present;
+
+    void allocate(Arena& arena, int n_slots_max, int n_present_max) {
+        for (T** a : {&x, &y, &z, &r, &inverse, &fc, &dfc}) *a = arena.take<T>(n_slots_max);
+        edge = arena.take<int>(n_slots_max);
+        for (int** a : {&species, &begin, &end}) *a = arena.take<int>(n_present_max);
     }
-    ~Workspace() { std::free(memory); }
-    Workspace(const Workspace&) = delete;
-    void* aligned() const { return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(memory) + 63) / 64 * 64); }
 };
 
-int best_level() {
-#if defined(__x86_64__)
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq")) return 2;
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 1;
-#endif
-    return 0;
-}
+struct Segment { int j, k, n, at; };                  // pairs (j, k..k+n) at `at` in the chunk
 
-const AevKernel& kernel_of(int level, bool is_double) {
-#if defined(__x86_64__)
-    if (level == 2) return smelt_avx512[is_double];
-    if (level == 1) return smelt_avx2[is_double];
-#endif
-    return smelt_plain[is_double];
-}
+template <class T> class Worker {
+    using S = Simd<T>;
+    using V = typename S::V;
+    static constexpr int W = S::W;
+    static constexpr int RESULT = CHUNK + 2 * W;      // a result per pair, with a vector of slack at both ends
 
-using Product = void (*)(const AevJob&, int64_t, int64_t, void*);
+    const AevJob& job;
+    const AevShape& shape;
+    const T* vec;
+    int n_species, n_radial, n_a, n_z, a_pad, z_pad, n_items, length;
+    T radial_rate, angular_rate;                      // -eta log2(e)
+    T *radial_shift, *angular_shift, *half_cos, *half_sin;
+    Neighbours<T> radial, angular;
+    int *near, *count;
+    // one chunk of pairs: geometry, features with derivatives, results
+    T *cosine, *mean_r, *weight, *R, *dR, *Z, *dZ, *U, *dU, *tangents, *results;
+    Segment* segments;
+    int n_segments = 0, slots_max = 0;
+    V* sums;                                          // (n_items, a_pad, z_pad) lanes of the outer products
+    T *coefficients, *per_slot, *scratch;
 
-void run(const AevKernel& kernel, Product product, const AevJob& job, int n_threads) {
-    const size_t bytes = kernel.workspace_bytes(job);
-    share_out((job.n_atoms + ATOMS_PER_TURN - 1) / ATOMS_PER_TURN, n_threads, [&](auto next) {
-        FlushDenormals flush;
-        Workspace workspace(bytes);
-        for (int64_t turn; (turn = next()) >= 0;) {
-            const int64_t begin = turn * ATOMS_PER_TURN;
-            product(job, begin, std::min(begin + ATOMS_PER_TURN, job.n_atoms), workspace.aligned());
+public:
+    Worker(const AevJob& job, Arena& arena) : job(job), shape(*job.shape), vec(static_cast<const T*>(job.vec)) {
+        n_species = int(shape.n_species), n_radial = int(shape.n_radial);
+        n_a = int(shape.n_angular_radial), n_z = int(shape.n_angular), n_items = int(job.n_items);
+        a_pad = round_up(n_a, BLOCK), z_pad = round_up(n_z, BLOCK);
+        length = n_species * n_radial + n_species * (n_species + 1) / 2 * n_a * n_z;
+        radial_rate = T(-shape.eta_radial * LOG2_E), angular_rate = T(-shape.eta_angular * LOG2_E);
+        allocate(arena);
+        if (arena.base) fill_constants();
+    }
+
+    void forward(int64_t atom);
+    void vjp(int64_t atom);
+    void jvp(int64_t atom);
+
+private:
+    void allocate(Arena& arena) {
+        int edges = int(job.longest_row), present = int(lesser(n_species, edges));
+        int radial_pad = round_up(n_radial, BLOCK);
+        slots_max = edges + (present + 2) * W;
+        radial_shift = arena.take<T>(radial_pad), angular_shift = arena.take<T>(a_pad);
+        half_cos = arena.take<T>(z_pad), half_sin = arena.take<T>(z_pad);
+        radial.allocate(arena, slots_max, present), angular.allocate(arena, slots_max, present);
+        near = arena.take<int>(edges + 1), count = arena.take<int>(n_species);
+        for (T** a : {&cosine, &mean_r, &weight}) *a = arena.take<T>(CHUNK + W);
+        for (T** a : {&R, &dR, &U}) *a = arena.take<T>(a_pad * CHUNK);
+        for (T** a : {&Z, &dZ, &dU}) *a = arena.take<T>(z_pad * CHUNK);
+        tangents = arena.take<T>(n_items * 3 * (CHUNK + W));
+        results = arena.take<T>(3 * RESULT);
+        segments = arena.take<Segment>(CHUNK);
+        sums = arena.take<V>(n_items * a_pad * z_pad);
+        coefficients = arena.take<T>(size_t(n_items) * (radial_pad > a_pad * z_pad ? radial_pad : a_pad * z_pad));
+        per_slot = arena.take<T>(size_t(n_items) * 8 * slots_max);
+        scratch = arena.take<T>(3 * slots_max);
+    }
+
+    void fill_constants() {
+        for (int k = 0; k < round_up(n_radial, BLOCK); ++k) {
+            radial_shift[k] = k < n_radial ? T(shape.radial_shifts[k]) : 0;
         }
-    });
+        for (int a = 0; a < a_pad; ++a) angular_shift[a] = a < n_a ? T(shape.angular_shifts[a]) : 0;
+        for (int z = 0; z < z_pad; ++z) half_cos[z] = z < n_z ? T(0.5 * shape.angle_cos[z]) : 0;
+        for (int z = 0; z < z_pad; ++z) half_sin[z] = z < n_z ? T(0.5 * shape.angle_sin[z]) : 0;
+    }
+
+    // Offset of the angular block of species i <= j: rows of the upper triangle, one after the other.
+    int angular_block(int i, int j) const {
+        return n_species * n_radial + (i * n_species - i * (i - 1) / 2 + (j - i)) * n_a * n_z;
+    }
+
+    // Quantity q of every neighbour for one cotangent or tangent.
+    T* slot_array(int item, int q) const { return per_slot + (8 * item + q) * slots_max; }
+
+    void find(Neighbours<T>& list, int64_t atom, T cutoff);
+    void measure(Neighbours<T>& list, T cutoff);
+    template <class Fill, class Flush> INLINE void for_each_chunk(int first, int second, Fill fill, Flush flush);
+    INLINE void pair_geometry(int j, int k, int n, int at);
+    INLINE void pair_weight(int j, int k, int n, int at);
+    void pair_tangents(int j, int k, int n, int at);
+    void outer_tangents(int n);
+    template <bool DERIVATIVE> void features(int n);
+    template <bool SECOND> void outer(int n, const T* left, const T* right, const T* left2, const T* right2, V* sum);
+    void store_sums(const V* sum, T* out);
+    void radial_forward(T* out);
+    template <int M> void radial_vjp(int64_t atom, int item);
+    template <int M> void radial_jvp(int64_t atom, int item);
+    void contract(int n, const T* g);
+    void scatter(int item);
+    void store_gradients(int64_t atom, int item);
+    void load_tangents(const Neighbours<T>& list, int64_t atom, int item);
+};
+
+// ---- neighbours ----------------------------------------------------------------------------------------------------
+
+// Edges of the row shorter than the cutoff, by counting sort over species.
+template <class T> void Worker<T>::find(Neighbours<T>& list, int64_t atom, T cutoff) {
+    const int64_t first = job.row[atom];
+    const int n_edges = int(job.row[atom + 1] - first);
+    const T* v = vec + 3 * first;
+    const int64_t* species = job.species + first;
+    int n_near = 0;
+    for (int e = 0; e < n_edges; ++e) {
+        near[n_near] = e;
+        n_near += v[3 * e] * v[3 * e] + v[3 * e + 1] * v[3 * e + 1] + v[3 * e + 2] * v[3 * e + 2] < cutoff * cutoff;
+    }
+    for (int s = 0; s < n_species; ++s) count[s] = 0;
+    for (int i = 0; i < n_near; ++i) ++count[species[near[i]]];
+    list.n_present = list.n_slots = 0;
+    for (int s = 0; s < n_species; ++s) {
+        if (!count[s]) continue;
+        const int begin = list.n_slots, end = begin + count[s], g = list.n_present++;
+        list.species[g] = s, list.begin[g] = begin, list.end[g] = end;
+        list.n_slots = round_up(end, W);
+        for (int i = end; i < list.n_slots; ++i) list.x[i] = 2 * cutoff, list.y[i] = list.z[i] = 0;
+        count[s] = begin;
+    }
+    for (int i = 0; i < n_near; ++i) {
+        const int e = near[i], slot = count[species[e]]++;
+        list.x[slot] = v[3 * e], list.y[slot] = v[3 * e + 1], list.z[slot] = v[3 * e + 2], list.edge[slot] = e;
+    }
+    measure(list, cutoff);
+}
+
+// Distances, unit vectors and cutoff functions from the vectors held in x, y, z.
+template <class T> void Worker<T>::measure(Neighbours<T>& list, T cutoff) {
+    for (int i = 0; i < list.n_slots; i += W) {
+        V x = S::load(list.x + i), y = S::load(list.y + i), z = S::load(list.z + i);
+        V r = S::sqrt(S::max(x * x + y * y + z * z, S::C::TINY)), inverse = T(1) / r, sine, cosine;
+        S::sincospi(S::max(T(0.5) - r * (T(0.5) / cutoff), T(0)), sine, cosine);
+        S::store(list.x + i, x * inverse), S::store(list.y + i, y * inverse), S::store(list.z + i, z * inverse);
+        S::store(list.r + i, r), S::store(list.inverse + i, inverse);
+        S::store(list.fc + i, sine * sine), S::store(list.dfc + i, sine * cosine * T(-PI / cutoff));
+    }
+}
+
+// ---- radial part ---------------------------------------------------------------------------------------------------
+
+template <class T> void Worker<T>::radial_forward(T* out) {
+    for (int g = 0; g < radial.n_present; ++g) {
+        for (int k = 0; k < n_radial; k += BLOCK) {
+            V total[BLOCK] = {};
+            for (int i = radial.begin[g]; i < radial.end[g]; i += W) {
+                V r = S::load(radial.r + i), fc = S::load(radial.fc + i);
+                for (int q = 0; q < BLOCK; ++q) {
+                    V d = r - radial_shift[k + q];
+                    total[q] += fc * S::exp2(d * d * radial_rate);
+                }
+            }
+            T values[BLOCK];
+            S::sum4(total, values);
+            for (int q = 0; q < BLOCK && k + q < n_radial; ++q) {
+                out[radial.species[g] * n_radial + k + q] = T(0.25) * values[q];
+            }
+        }
+    }
+}
+
+// M cotangents from `item` on: dE/dr of each neighbour, then its direction, written to the rows of the output.
+template <class T> template <int M> void Worker<T>::radial_vjp(int64_t atom, int item) {
+    const T* cotangent = static_cast<const T*>(job.in);
+    for (int g = 0; g < radial.n_present; ++g) {
+        for (int k = 0; k < n_radial; ++k) {
+            for (int m = 0; m < M; ++m) {
+                const T* row = cotangent + ((item + m) * job.n_atoms + atom) * length + radial.species[g] * n_radial;
+                coefficients[k * M + m] = T(0.25) * row[k];
+            }
+        }
+        for (int i = radial.begin[g]; i < radial.end[g]; i += W) {
+            V r = S::load(radial.r + i), value[M] = {}, slope[M] = {};
+            for (int k = 0; k < n_radial; ++k) {
+                V d = r - radial_shift[k], e = S::exp2(d * d * radial_rate), de = d * e;
+                for (int m = 0; m < M; ++m) {
+                    value[m] += coefficients[k * M + m] * e;
+                    slope[m] += coefficients[k * M + m] * de;
+                }
+            }
+            V fc = S::load(radial.fc + i) * T(-2 * shape.eta_radial), dfc = S::load(radial.dfc + i);
+            for (int m = 0; m < M; ++m) S::store(slot_array(m, 0) + i, value[m] * dfc + slope[m] * fc);
+        }
+    }
+    for (int m = 0; m < M; ++m) {
+        T* out = static_cast<T*>(job.out) + 3 * ((item + m) * job.n_edges + job.row[atom]);
+        const T* dr = slot_array(m, 0);
+        for (int g = 0; g < radial.n_present; ++g) {
+            for (int i = radial.begin[g]; i < radial.end[g]; ++i) {
+                T* gradient = out + 3 * radial.edge[i];
+                gradient[0] = dr[i] * radial.x[i], gradient[1] = dr[i] * radial.y[i], gradient[2] = dr[i] * radial.z[i];
+            }
+        }
+    }
+}
+
+template <class T> template <int M> void Worker<T>::radial_jvp(int64_t atom, int item) {
+    T* out = static_cast<T*>(job.out);
+    for (int g = 0; g < radial.n_present; ++g) {
+        for (int k = 0; k < n_radial; ++k) {
+            V total[round_up(M, 4)] = {};
+            for (int i = radial.begin[g]; i < radial.end[g]; i += W) {
+                V d = S::load(radial.r + i) - radial_shift[k];
+                V slope = S::load(radial.dfc + i) + S::load(radial.fc + i) * d * T(-2 * shape.eta_radial);
+                slope *= S::exp2(d * d * radial_rate);
+                for (int m = 0; m < M; ++m) total[m] += slope * S::load(slot_array(item + m, 0) + i);
+            }
+            T values[round_up(M, 4)];
+            for (int m = 0; m < M; m += 4) S::sum4(*reinterpret_cast<V(*)[4]>(total + m), values + m);
+            for (int m = 0; m < M; ++m) {
+                T* row = out + ((item + m) * job.n_atoms + atom) * length + radial.species[g] * n_radial;
+                row[k] = T(0.25) * values[m];
+            }
+        }
+    }
+}
+
+// ---- pairs of neighbours -------------------------------------------------------------------------------------------
+
+// All pairs of the present species `first` <= `second`, packed into chunks: fill(j, k, n, at) computes what belongs to
+// the pairs (j, k..k+n), flush(n) uses a chunk of n pairs, n a multiple of the lane count.
+template <class T> template <class Fill, class Flush>
+INLINE void Worker<T>::for_each_chunk(int first, int second, Fill fill, Flush flush) {
+    int n = 0;
+    n_segments = 0;
+    const int last = angular.end[second];
+    for (int j = angular.begin[first]; j < angular.end[first]; ++j) {
+        for (int k = first == second ? j + 1 : angular.begin[second], taken; k < last; k += taken) {
+            taken = int(lesser(last - k, CHUNK - n));
+            segments[n_segments++] = {j, k, taken, n};
+            fill(j, k, taken, n);
+            n += taken;
+            if (n == CHUNK) flush(n), n = n_segments = 0;
+        }
+    }
+    if (!n) return;
+    for (T* a : {cosine, mean_r, weight}) S::store(a + n, V{});
+    for (int i = 0; i < 3 * n_items; ++i) S::store(tangents + i * (CHUNK + W) + n, V{});
+    flush(round_up(n, W));
+}
+
+template <class T> INLINE void Worker<T>::pair_geometry(int j, int k, int n, int at) {
+    const Neighbours<T>& a = angular;
+    for (int i = 0; i < n; i += W) {
+        V dot = S::load(a.x + k + i) * a.x[j] + S::load(a.y + k + i) * a.y[j] + S::load(a.z + k + i) * a.z[j];
+        S::store(cosine + at + i, dot * T(SHRINK));
+        S::store(mean_r + at + i, (S::load(a.r + k + i) + a.r[j]) * T(0.5));
+    }
+}
+
+template <class T> INLINE void Worker<T>::pair_weight(int j, int k, int n, int at) {
+    for (int i = 0; i < n; i += W) S::store(weight + at + i, S::load(angular.fc + k + i) * angular.fc[j]);
+}
+
+// Z and R of each pair of the chunk. With DERIVATIVE also dZ = dZ/dcos, dR = dR/d(mean r), and R without the weight P.
+template <class T> template <bool DERIVATIVE> void Worker<T>::features(int n) {
+    const T power = T(DERIVATIVE ? shape.zeta - 1 : shape.zeta);
+    for (int t = 0; t < n; t += W) {
+        V c = S::load(cosine + t), s = S::sqrt(T(1) - c * c), cotangent = DERIVATIVE ? c / s : c;
+        for (int z = 0; z < n_z; ++z) {
+            V x = S::max(c * half_cos[z] + s * half_sin[z] + T(0.5), S::C::TINY);
+            V y = S::exp2(S::log2(x) * power + T(1));
+            S::store(Z + z * CHUNK + t, DERIVATIVE ? x * y : y);
+            if (!DERIVATIVE) continue;
+            S::store(dZ + z * CHUNK + t, (half_cos[z] - cotangent * half_sin[z]) * y * T(SHRINK * shape.zeta));
+        }
+        V r = S::load(mean_r + t), p = S::load(weight + t);
+        for (int a = 0; a < n_a; ++a) {
+            V d = r - angular_shift[a], e = S::exp2(d * d * angular_rate);
+            S::store(R + a * CHUNK + t, DERIVATIVE ? e : e * p);
+            if (DERIVATIVE) S::store(dR + a * CHUNK + t, e * d * T(-2 * shape.eta_angular));
+        }
+    }
+}
+
+// sum[a][z] += left_a right_z (+ left2_a right2_z), lane by lane.
+template <class T> template <bool SECOND>
+void Worker<T>::outer(int n, const T* left, const T* right, const T* left2, const T* right2, V* sum) {
+    for (int a = 0; a < a_pad; a += ROWS) {
+        for (int z = 0; z < z_pad; z += BLOCK) {
+            V block[ROWS][BLOCK];
+            for (int p = 0; p < ROWS; ++p)
+                for (int q = 0; q < BLOCK; ++q) block[p][q] = sum[(a + p) * z_pad + z + q];
+            for (int t = 0; t < n; t += W) {
+                for (int p = 0; p < ROWS; ++p) {
+                    V f = S::load(left + (a + p) * CHUNK + t);
+                    for (int q = 0; q < BLOCK; ++q) block[p][q] += f * S::load(right + (z + q) * CHUNK + t);
+                    if (!SECOND) continue;
+                    V f2 = S::load(left2 + (a + p) * CHUNK + t);
+                    for (int q = 0; q < BLOCK; ++q) block[p][q] += f2 * S::load(right2 + (z + q) * CHUNK + t);
+                }
+            }
+            for (int p = 0; p < ROWS; ++p)
+                for (int q = 0; q < BLOCK; ++q) sum[(a + p) * z_pad + z + q] = block[p][q];
+        }
+    }
+}
+
+template <class T> void Worker<T>::store_sums(const V* sum, T* out) {
+    for (int a = 0; a < n_a; ++a) {
+        for (int z = 0; z < n_z; z += BLOCK) {
+            T values[BLOCK];
+            S::sum4(*reinterpret_cast<const V(*)[BLOCK]>(sum + a * z_pad + z), values);
+            for (int q = 0; q < BLOCK && z + q < n_z; ++q) out[a * n_z + z + q] = values[q];
+        }
+    }
+}
+
+// ---- transposed derivative of the angular part ---------------------------------------------------------------------
+
+// With g_z = sum_a R_a G[a][z] and h_z = sum_a dR_a G[a][z], the three numbers of a pair:
+// results = (sum_z g_z Z_z, sum_z h_z Z_z, sum_z g_z dZ_z), still without the weight P.
+template <class T> void Worker<T>::contract(int n, const T* g) {
+    for (int t = 0; t < n; t += W) {
+        V value{}, by_r{}, by_cosine{};
+        for (int z = 0; z < z_pad; z += BLOCK) {
+            V left[BLOCK] = {}, dleft[BLOCK] = {};
+            for (int a = 0; a < n_a; ++a) {
+                V f = S::load(R + a * CHUNK + t), df = S::load(dR + a * CHUNK + t);
+                for (int q = 0; q < BLOCK; ++q) {
+                    left[q] += f * g[a * z_pad + z + q];
+                    dleft[q] += df * g[a * z_pad + z + q];
+                }
+            }
+            for (int q = 0; q < BLOCK; ++q) {
+                V f = S::load(Z + (z + q) * CHUNK + t);
+                value += left[q] * f, by_r += dleft[q] * f;
+                by_cosine += left[q] * S::load(dZ + (z + q) * CHUNK + t);
+            }
+        }
+        T* out = results + W + t;
+        S::store(out, value), S::store(out + RESULT, by_r), S::store(out + 2 * RESULT, by_cosine);
+    }
+}
+
+// Add the pairs' results to their two neighbours: (dE/dr, dE/du (3)) of k in per_slot[0..4], those of j in [4..8]. Two
+// places, because a vector load that overlaps a scalar just stored has to wait for it.
+template <class T> void Worker<T>::scatter(int item) {
+    const Neighbours<T> a = angular;                  // a copy: the stores below cannot change its pointers
+    T *second[4], *first[4];
+    for (int q = 0; q < 4; ++q) second[q] = slot_array(item, q), first[q] = slot_array(item, 4 + q);
+    for (int s = 0; s < n_segments; ++s) {
+        const Segment& g = segments[s];
+        const int end = g.k + g.n;
+        const T fc = a.fc[g.j], x = fc * a.x[g.j], y = fc * a.y[g.j], z = fc * a.z[g.j];
+        V by_r{}, by_fc{}, tx{}, ty{}, tz{};
+        for (int k = g.k / W * W; k < end; k += W) {
+            const T* pair = results + W + g.at + (k - g.k);
+            const typename S::Mask mask = S::lanes(g.k - k, end - k);
+            V fck = S::load(a.fc + k), value = S::load_masked(pair, mask);
+            V slope = S::load_masked(pair + RESULT, mask) * (T(0.5) * fck);
+            V turn = S::load_masked(pair + 2 * RESULT, mask) * fck;
+            S::store(second[0] + k, S::load(second[0] + k) + (slope + value * S::load(a.dfc + k)) * fc);
+            S::store(second[1] + k, S::load(second[1] + k) + turn * x);
+            S::store(second[2] + k, S::load(second[2] + k) + turn * y);
+            S::store(second[3] + k, S::load(second[3] + k) + turn * z);
+            by_r += slope, by_fc += value * fck;
+            tx += turn * S::load(a.x + k), ty += turn * S::load(a.y + k), tz += turn * S::load(a.z + k);
+        }
+        T values[4];
+        S::sum4({by_r * fc + by_fc * a.dfc[g.j], tx * fc, ty * fc, tz * fc}, values);
+        for (int q = 0; q < 4; ++q) first[q][g.j] += values[q];
+    }
+}
+
+// dE/dvec = dE/dr u + (t - (u.t) u) / r with t = dE/du, added to the rows of the output.
+template <class T> void Worker<T>::store_gradients(int64_t atom, int item) {
+    const Neighbours<T>& a = angular;
+    auto slots = [&](int q, int i) { return S::load(slot_array(item, q) + i) + S::load(slot_array(item, 4 + q) + i); };
+    T *gx = scratch, *gy = gx + slots_max, *gz = gy + slots_max;
+    for (int i = 0; i < a.n_slots; i += W) {
+        V x = S::load(a.x + i), y = S::load(a.y + i), z = S::load(a.z + i), inverse = S::load(a.inverse + i);
+        V tx = slots(1, i), ty = slots(2, i), tz = slots(3, i);
+        V along = slots(0, i) - (x * tx + y * ty + z * tz) * inverse;
+        S::store(gx + i, along * x + tx * inverse);
+        S::store(gy + i, along * y + ty * inverse);
+        S::store(gz + i, along * z + tz * inverse);
+    }
+    T* out = static_cast<T*>(job.out) + 3 * (item * job.n_edges + job.row[atom]);
+    for (int g = 0; g < a.n_present; ++g) {
+        for (int i = a.begin[g]; i < a.end[g]; ++i) {
+            T* gradient = out + 3 * a.edge[i];
+            gradient[0] += gx[i], gradient[1] += gy[i], gradient[2] += gz[i];
+        }
+    }
+}
+
+// ---- derivative along tangents -------------------------------------------------------------------------------------
+
+// per_slot = (dr, du (3)) of each neighbour along the tangent `item`, where dr = u.dv and du = (dv - u dr) / r.
+template <class T> void Worker<T>::load_tangents(const Neighbours<T>& list, int64_t atom, int item) {
+    const T* tangent = static_cast<const T*>(job.in) + 3 * (item * job.n_edges + job.row[atom]);
+    T *vx = scratch, *vy = vx + slots_max, *vz = vy + slots_max;
+    for (int g = 0; g < list.n_present; ++g) {
+        for (int i = list.begin[g]; i < list.end[g]; ++i) {
+            const T* v = tangent + 3 * list.edge[i];
+            vx[i] = v[0], vy[i] = v[1], vz[i] = v[2];
+        }
+        for (int i = list.end[g]; i < round_up(list.end[g], W); ++i) vx[i] = vy[i] = vz[i] = 0;
+    }
+    T* out = slot_array(item, 0);
+    for (int i = 0; i < list.n_slots; i += W) {
+        V x = S::load(list.x + i), y = S::load(list.y + i), z = S::load(list.z + i);
+        V inverse = S::load(list.inverse + i);
+        V dx = S::load(vx + i), dy = S::load(vy + i), dz = S::load(vz + i), dr = x * dx + y * dy + z * dz;
+        S::store(out + i, dr);
+        S::store(out + slots_max + i, (dx - x * dr) * inverse);
+        S::store(out + 2 * slots_max + i, (dy - y * dr) * inverse);
+        S::store(out + 3 * slots_max + i, (dz - z * dr) * inverse);
+    }
+}
+
+// tangents = (P d(mean r), dP, P dcos) of the pairs, for every item.
+template <class T> void Worker<T>::pair_tangents(int j, int k, int n, int at) {
+    const Neighbours<T>& a = angular;
+    for (int m = 0; m < n_items; ++m) {
+        const T* dr = slot_array(m, 0);
+        const T *dx = dr + slots_max, *dy = dx + slots_max, *dz = dy + slots_max;
+        T* out = tangents + 3 * m * (CHUNK + W) + at;
+        for (int i = k; i < k + n; i += W, out += W) {
+            V fc = S::load(a.fc + i), drk = S::load(dr + i);
+            V dcos = S::load(dx + i) * a.x[j] + S::load(dy + i) * a.y[j] + S::load(dz + i) * a.z[j];
+            dcos += S::load(a.x + i) * dx[j] + S::load(a.y + i) * dy[j] + S::load(a.z + i) * dz[j];
+            V p = fc * a.fc[j];
+            S::store(out, (drk + dr[j]) * p * T(0.5));
+            S::store(out + CHUNK + W, S::load(a.dfc + i) * drk * a.fc[j] + fc * (a.dfc[j] * dr[j]));
+            S::store(out + 2 * (CHUNK + W), dcos * p);
+        }
+    }
+}
+
+// The two products of every item: d(R P)^T Z + (R P)^T dZ.
+template <class T> void Worker<T>::outer_tangents(int n) {
+    for (int m = 0; m < n_items; ++m) {
+        const T* by_r = tangents + 3 * m * (CHUNK + W);
+        for (int t = 0; t < n; t += W) {
+            V alpha = S::load(by_r + t), beta = S::load(by_r + CHUNK + W + t);
+            V gamma = S::load(by_r + 2 * (CHUNK + W) + t);
+            for (int a = 0; a < n_a; ++a) {
+                S::store(U + a * CHUNK + t, alpha * S::load(dR + a * CHUNK + t) + beta * S::load(R + a * CHUNK + t));
+            }
+            for (int z = 0; z < n_z; ++z) S::store(dU + z * CHUNK + t, gamma * S::load(dZ + z * CHUNK + t));
+        }
+        outer<true>(n, U, Z, R, dU, sums + m * a_pad * z_pad);
+    }
+}
+
+// ---- one atom ------------------------------------------------------------------------------------------------------
+
+template <class T> void Worker<T>::forward(int64_t atom) {
+    T* out = static_cast<T*>(job.out) + atom * length;
+    memset(out, 0, sizeof(T) * length);
+    find(radial, atom, T(shape.radial_cutoff));
+    radial_forward(out);
+    find(angular, atom, T(shape.angular_cutoff));
+    for (int first = 0; first < angular.n_present; ++first) {
+        for (int second = first; second < angular.n_present; ++second) {
+            memset(sums, 0, sizeof(V) * a_pad * z_pad);
+            for_each_chunk(first, second,
+                [&](int j, int k, int n, int at) { pair_geometry(j, k, n, at), pair_weight(j, k, n, at); },
+                [&](int n) { features<false>(n), outer<false>(n, R, Z, nullptr, nullptr, sums); });
+            store_sums(sums, out + angular_block(angular.species[first], angular.species[second]));
+        }
+    }
+}
+
+template <class T> void Worker<T>::vjp(int64_t atom) {
+    const int64_t n_edges = job.row[atom + 1] - job.row[atom];
+    for (int m = 0; m < n_items; ++m) {
+        memset(static_cast<T*>(job.out) + 3 * (m * job.n_edges + job.row[atom]), 0, sizeof(T) * 3 * n_edges);
+    }
+    find(radial, atom, T(shape.radial_cutoff));
+    int item = 0;
+    for (; item + 8 <= n_items; item += 8) radial_vjp<8>(atom, item);
+    for (; item + 4 <= n_items; item += 4) radial_vjp<4>(atom, item);
+    for (; item < n_items; ++item) radial_vjp<1>(atom, item);
+    find(angular, atom, T(shape.angular_cutoff));
+    for (int i = 0; i < 8 * n_items; ++i) memset(slot_array(0, i), 0, sizeof(T) * angular.n_slots);
+    const T* cotangent = static_cast<const T*>(job.in);
+    for (int first = 0; first < angular.n_present; ++first) {
+        for (int second = first; second < angular.n_present; ++second) {
+            const int block = angular_block(angular.species[first], angular.species[second]);
+            for (int m = 0; m < n_items; ++m) {
+                const T* row = cotangent + (m * job.n_atoms + atom) * length + block;
+                for (int a = 0; a < n_a; ++a)
+                    for (int z = 0; z < z_pad; ++z)
+                        coefficients[(m * a_pad + a) * z_pad + z] = z < n_z ? row[a * n_z + z] : 0;
+            }
+            for_each_chunk(first, second, [&](int j, int k, int n, int at) { pair_geometry(j, k, n, at); },
+                [&](int n) {
+                    features<true>(n);
+                    for (int m = 0; m < n_items; ++m) contract(n, coefficients + m * a_pad * z_pad), scatter(m);
+                });
+        }
+    }
+    for (int m = 0; m < n_items; ++m) store_gradients(atom, m);
+}
+
+template <class T> void Worker<T>::jvp(int64_t atom) {
+    T* out = static_cast<T*>(job.out);
+    for (int m = 0; m < n_items; ++m) memset(out + (m * job.n_atoms + atom) * length, 0, sizeof(T) * length);
+    find(radial, atom, T(shape.radial_cutoff));
+    for (int m = 0; m < n_items; ++m) load_tangents(radial, atom, m);
+    int item = 0;
+    for (; item + 8 <= n_items; item += 8) radial_jvp<8>(atom, item);
+    for (; item + 4 <= n_items; item += 4) radial_jvp<4>(atom, item);
+    for (; item < n_items; ++item) radial_jvp<1>(atom, item);
+    find(angular, atom, T(shape.angular_cutoff));
+    for (int m = 0; m < n_items; ++m) load_tangents(angular, atom, m);
+    for (int first = 0; first < angular.n_present; ++first) {
+        for (int second = first; second < angular.n_present; ++second) {
+            memset(sums, 0, sizeof(V) * n_items * a_pad * z_pad);
+            for_each_chunk(first, second,
+                [&](int j, int k, int n, int at) { pair_geometry(j, k, n, at), pair_tangents(j, k, n, at); },
+                [&](int n) { features<true>(n), outer_tangents(n); });
+            for (int m = 0; m < n_items; ++m) {
+                store_sums(sums + m * a_pad * z_pad, out + (m * job.n_atoms + atom) * length +
+                           angular_block(angular.species[first], angular.species[second]));
+            }
+        }
+    }
+}
+
+template <class T> size_t workspace_bytes(const AevJob& job) {
+    Arena arena{nullptr};
+    Worker<T> worker(job, arena);
+    return arena.used;
+}
+
+template <class T, void (Worker<T>::*PRODUCT)(int64_t)>
+void run(const AevJob& job, int64_t begin, int64_t end, void* workspace) {
+    Arena arena{static_cast<char*>(workspace)};
+    Worker<T> worker(job, arena);
+    for (int64_t atom = begin; atom < end; ++atom) (worker.*PRODUCT)(atom);
+}
+
+template <class T> constexpr AevKernel kernel() {
+    return {workspace_bytes<T>, run<T, &Worker<T>::forward>, run<T, &Worker<T>::vjp>, run<T, &Worker<T>::jvp>};
 }
 
 }  // namespace
 
-extern "C" {
-
-// The highest level this processor can run: 0 plain, 1 AVX2 with FMA, 2 AVX-512.
-__attribute__((visibility("default"))) int smelt_aev_level() { return best_level(); }
-
-// product: 0 forward, 1 transposed derivative, 2 derivative. Returns 0, or 1 when memory or threads cannot be had.
-__attribute__((visibility("default")))
-int smelt_aev(int product, int level, int is_double, int n_threads, const AevShape* shape, int64_t n_items,
-              int64_t n_atoms, int64_t n_edges, const void* vec, const int64_t* row, const int64_t* species,
-              const void* in, void* out) try {
-    AevJob job{shape, n_atoms, n_edges, n_items, 0, vec, row, species, in, out};
-    for (int64_t i = 0; i < n_atoms; ++i) job.longest_row = std::max(job.longest_row, row[i + 1] - row[i]);
-    const AevKernel& kernel = kernel_of(level, is_double);
-    run(kernel, product == 0 ? kernel.forward : product == 1 ? kernel.vjp : kernel.jvp, job, n_threads);
-    return 0;
-} catch (const std::exception&) {
-    return 1;
-}
-
-}  // extern "C"
+#define NAME_(level) level##_aev
+#define NAME(level) NAME_(level)
+extern const AevKernel NAME(SMELT_SIMD)[2];
+const AevKernel NAME(SMELT_SIMD)[2] = {kernel<float>(), kernel<double>()};

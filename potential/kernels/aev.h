@@ -1,4 +1,4 @@
-// What do the entry points (aev.cpp) and the arithmetic (aev_simd.cpp, compiled once per instruction set) agree on?
+// What do the entry points (entry.cpp) and the arithmetic (aev.cpp, compiled once per instruction set) agree on?
 #pragma once
 #include <cstddef>
 #include <cstdint>

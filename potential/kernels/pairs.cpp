@@ -2,7 +2,7 @@
 //
 // One plain pass over the list: PyTorch's index_add takes as long as the AEV for the same sums. What a thread writes no
 // other thread writes, and always in the order of the list, so the answer does not depend on the number of threads.
-#include <exception>
+#include <new>
 
 #include "threads.h"
 
@@ -63,14 +63,14 @@ template <class T> void run(bool summing, const Pairs& p, const void* in, void* 
 
 }  // namespace
 
-// summing: (n_items, n_edges, 3) to (n_items, n_atoms, 3), else the transposed operation. Returns 0, or 1 when threads
-// cannot be had.
+// summing: (n_items, n_edges, 3) to (n_items, n_atoms, 3), else the transposed operation. Returns 0, or 1 when there is
+// no memory.
 extern "C" __attribute__((visibility("default")))
 int smelt_pairs(int summing, int is_double, int n_threads, int64_t n_items, int64_t n_atoms, int64_t n_edges,
                 const int64_t* row, const int64_t* other, const void* in, void* out) try {
     const Pairs pairs{n_items, n_atoms, n_edges, row, other};
     is_double ? run<double>(summing, pairs, in, out, n_threads) : run<float>(summing, pairs, in, out, n_threads);
     return 0;
-} catch (const std::exception&) {
+} catch (const std::bad_alloc&) {
     return 1;
 }

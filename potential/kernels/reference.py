@@ -1,8 +1,8 @@
-"""What exactly is the AEV, and what are its products with J and J^T? Plain PyTorch; other kernels are held to it.
+"""What exactly do the kernels compute? Plain PyTorch; the others are held to it.
 
-Atoms are taken in blocks, their neighbours padded to the longest list of the block and sorted by species, so that all
-work is dense: bounded memory, no index per triple. Within a pair of species the angular part of an atom is F1^T F2, a
-product of two matrices over its triples,
+AEVs and their products with J and J^T: atoms are taken in blocks, their neighbours padded to the longest list of the
+block and sorted by species, so that all work is dense: bounded memory, no index per triple. Within a pair of species
+the angular part of an atom is F1^T F2, a product of two matrices over its triples,
 
     F1[t, a] = exp(-EtaA (x_t - ShfA_a)^2),  x = (r_ij + r_ik) / 2
     F2[t, z] = ((1 + cos(theta_t - ShfZ_z)) / 2)^Zeta
@@ -15,14 +15,14 @@ features are computed again rather than stored.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from potential.aev import ANGLE_SCALE, AEVParameters
 
-__all__ = ["aev_forward", "aev_jvp", "aev_vjp"]
+__all__ = ["aev_forward", "aev_jvp", "aev_vjp", "networks", "pair_differences", "pair_sums"]
 
 RADIAL_PREFACTOR = 0.25
 # Powers of 2: torch's exp2 is 3 times faster than its exp on some CPUs, and nowhere slower.
@@ -33,6 +33,7 @@ LOWEST_EXPONENT = -58.0
 SHORTEST_A = 1e-6  # atoms on the same spot: finite, instead of not a number
 TRIPLES_PER_BLOCK = 30_000  # a block's features stay in the cache
 PAIRS_PER_BLOCK = 8_000
+ATOMS_PER_BLOCK = 128  # of the networks, for the same reason
 
 
 def aev_forward(vec: torch.Tensor, row: torch.Tensor, species_other: torch.Tensor, p: AEVParameters) -> torch.Tensor:
@@ -95,6 +96,67 @@ def aev_jvp(
                 block_out[member, :, columns] = change.flatten(1)
         out.index_copy_(1, block.atoms, block_out)
     return out
+
+
+def networks(
+    aev: torch.Tensor,
+    atoms: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor],
+    celu_alpha: float,
+    energies: torch.Tensor,
+    gradient: torch.Tensor,
+) -> None:
+    """Write the energies of `atoms` by all members to `energies`, and dE/dAEV of each or of their mean to `gradient`.
+
+    aev: (N, L); atoms: (n,), those of one element; weights, biases: per layer (M, out, in) and (M, out), the last with
+    one output; energies: (M, N); gradient: (M, N, L), (1, N, L) for the mean, or (0, N, L) for none.
+    """
+    n_gradients, first = len(gradient), weights[0]
+    for block in atoms.split(ATOMS_PER_BLOCK):
+        # All members read the same input, so their first layer is one matrix product.
+        value = torch.nn.functional.linear(aev.index_select(0, block), first.flatten(0, 1), biases[0].flatten())
+        value, slopes = _hidden(value.unflatten(1, first.shape[:2]).transpose(0, 1), weights, biases, celu_alpha)
+        energies[:, block] = torch.bmm(value, weights[-1].transpose(1, 2)).squeeze(2) + biases[-1]
+        if n_gradients:
+            pull = slopes[-1] * weights[-1]
+            for layer in range(len(slopes) - 1, 0, -1):
+                pull = torch.bmm(pull, weights[layer]) * slopes[layer - 1]
+            if n_gradients == len(first):
+                gradient[:, block] = torch.bmm(pull, first)
+            else:
+                gradient[0, block] = pull.transpose(0, 1).flatten(1) @ first.flatten(0, 1) / len(first)
+
+
+def _hidden(
+    value: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor], celu_alpha: float
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Last hidden layer, (M, n, H), and the slopes of all activations, from what the first layer put out."""
+    slopes = []
+    for layer in range(1, len(weights)):
+        slope = (value.clamp(max=0) * (LOG2_E / celu_alpha)).clamp_(min=LOWEST_EXPONENT).exp2_()
+        slopes.append(slope)
+        value = torch.add(value.relu(), slope - 1, alpha=celu_alpha)
+        if layer < len(weights) - 1:
+            value = torch.baddbmm(biases[layer][:, None], value, weights[layer].transpose(1, 2))
+    return value, slopes
+
+
+def pair_sums(pair: torch.Tensor, row: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """(M, N, 3): of each atom, the sum over its own pairs less that over the pairs in which it is the other.
+
+    pair: (M, E, 3); row: (N + 1,); other: (E,). With pair forces, these are the forces on the atoms.
+    """
+    n_members, n_atoms = len(pair), len(row) - 1
+    centre = torch.repeat_interleave(row.diff())
+    flat = pair.transpose(0, 1).reshape(len(other), n_members * 3)  # along the first axis index_add is much faster
+    sums = flat.new_zeros(n_atoms, n_members * 3).index_add_(0, centre, flat).index_add_(0, other, flat, alpha=-1)
+    return sums.view(n_atoms, n_members, 3).transpose(0, 1)
+
+
+def pair_differences(atom: torch.Tensor, row: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """(M, E, 3): of each pair, its centre's value less the other's: pair_sums transposed. atom: (M, N, 3)."""
+    return atom.index_select(1, torch.repeat_interleave(row.diff())) - atom.index_select(1, other)
 
 
 def _assemble(vec: torch.Tensor, stretch: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:

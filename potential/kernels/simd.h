@@ -173,14 +173,18 @@ private:
 // The unmasked forms of these make GCC 12 warn about its own header.
 constexpr __mmask16 ALL16 = 0xffff;
 constexpr __mmask8 ALL8 = 0xff;
-template <> INLINE Simd<float>::V Simd<float>::max(V a, float b) { return (V)_mm512_maskz_max_ps(ALL16, (__m512)a, (__m512)all(b)); }
+template <> INLINE Simd<float>::V Simd<float>::max(V a, float b) {
+    return (V)_mm512_maskz_max_ps(ALL16, (__m512)a, (__m512)all(b));
+}
 template <> INLINE Simd<double>::V Simd<double>::max(V a, double b) {
     return (V)_mm512_maskz_max_pd(ALL8, (__m512d)a, (__m512d)all(b));
 }
 template <> INLINE Simd<float>::V Simd<float>::sqrt(V x) { return (V)_mm512_maskz_sqrt_ps(ALL16, (__m512)x); }
 template <> INLINE Simd<double>::V Simd<double>::sqrt(V x) { return (V)_mm512_maskz_sqrt_pd(ALL8, (__m512d)x); }
 template <> INLINE Simd<float>::V Simd<float>::round(V x) { return (V)_mm512_maskz_roundscale_ps(ALL16, (__m512)x, 0); }
-template <> INLINE Simd<double>::V Simd<double>::round(V x) { return (V)_mm512_maskz_roundscale_pd(ALL8, (__m512d)x, 0); }
+template <> INLINE Simd<double>::V Simd<double>::round(V x) {
+    return (V)_mm512_maskz_roundscale_pd(ALL8, (__m512d)x, 0);
+}
 template <> INLINE Simd<float>::V Simd<float>::scale(V x, V e) {
     return (V)_mm512_maskz_scalef_ps(ALL16, (__m512)x, (__m512)e);
 }
@@ -217,7 +221,9 @@ template <> INLINE Simd<float>::V Simd<float>::sqrt(V x) { return (V)_mm256_sqrt
 template <> INLINE Simd<double>::V Simd<double>::sqrt(V x) { return (V)_mm256_sqrt_pd((__m256d)x); }
 #elif defined(__SSE2__)
 template <> INLINE Simd<float>::V Simd<float>::max(V a, float b) { return (V)_mm_max_ps((__m128)a, (__m128)all(b)); }
-template <> INLINE Simd<double>::V Simd<double>::max(V a, double b) { return (V)_mm_max_pd((__m128d)a, (__m128d)all(b)); }
+template <> INLINE Simd<double>::V Simd<double>::max(V a, double b) {
+    return (V)_mm_max_pd((__m128d)a, (__m128d)all(b));
+}
 template <> INLINE Simd<float>::V Simd<float>::sqrt(V x) { return (V)_mm_sqrt_ps((__m128)x); }
 template <> INLINE Simd<double>::V Simd<double>::sqrt(V x) { return (V)_mm_sqrt_pd((__m128d)x); }
 #else

@@ -11,7 +11,6 @@ import torch
 from potential import kernels
 from potential.aev import AEVParameters
 from potential.config import PotentialSettings
-from potential.forces import pair_forces
 from potential.neighbours import find_neighbours, pair_vectors
 from potential.structures import Structures
 from shards.frame import Frame
@@ -144,12 +143,6 @@ def test_float32_agrees_with_float64():
 
 
 @pytest.mark.usefixtures("forced_kernels")
-def test_backward_of_pair_forces_is_exact():
-    vec, row, species, p = example(2)
-    gradient = torch.randn(2, len(row) - 1, p.length, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda g: pair_forces(g, vec, row, species, p), gradient, fast_mode=True)
-
-
 def test_blocks_do_not_change_the_answer(monkeypatch):
     monkeypatch.setenv("SMELT_KERNELS", "reference")
     vec, row, species, p = example(2)

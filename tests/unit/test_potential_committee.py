@@ -11,9 +11,6 @@ from scipy.spatial.transform import Rotation
 
 from potential.committee import Committee
 from potential.config import PotentialSettings
-from potential.forces import atomic_forces, pair_forces, virials
-from potential.kernels import aev_forward
-from potential.neighbours import find_neighbours, pair_vectors
 from potential.structures import Structures
 from shards.frame import Frame
 
@@ -124,47 +121,6 @@ def test_isolated_atom_costs_its_self_energy_and_what_the_networks_give_without_
     lonely = committee.atomic_energies(torch.zeros(2, committee.aev.length).double(), torch.tensor([0, 1]))
     assert_same(got.energy_members, lonely + torch.tensor([-2.0, 3.0]))
     assert (got.forces_members == 0).all()
-
-
-def test_gradient_by_the_aev_equals_autograd(committee, atoms):
-    rng = torch.Generator().manual_seed(0)
-    aev = torch.rand(20, committee.aev.length, generator=rng, dtype=torch.float64, requires_grad=True)
-    species = torch.randint(0, 2, (20,), generator=rng)
-    energies, gradient = committee.atomic_energies_and_gradient(aev, species)
-    assert_same(energies, committee.atomic_energies(aev, species))
-    for member in range(3):
-        assert_same(gradient[member], torch.autograd.grad(energies[member].sum(), aev, retain_graph=True)[0])
-
-
-def loss_on(committee, structures, neighbours, weights):
-    vec = pair_vectors(structures, neighbours)
-    species = structures.species[neighbours.other]
-    aev = aev_forward(vec, neighbours.row, species, committee.aev)
-    atomic, gradient = committee.atomic_energies_and_gradient(aev, structures.species)
-    pair = pair_forces(gradient, vec, neighbours.row, species, committee.aev)
-    forces, virial = atomic_forces(pair, neighbours), virials(pair, vec, structures, neighbours)
-    energies = committee.total_energies(atomic, structures)
-    return energies.square().sum() * 1e-3 + (forces * weights).square().sum() + virial.square().sum()
-
-
-def test_gradient_of_a_force_loss_by_the_parameters_equals_finite_differences(committee, atoms):
-    structures = Structures.from_frames([frame_of(atoms), frame_of(atoms[:3])], ELEMENTS)
-    neighbours = find_neighbours(structures, committee.cutoff_A)
-    weights = torch.rand(3, len(structures.positions), 3, dtype=torch.float64)
-    loss_on(committee, structures, neighbours, weights).backward()
-    rng = np.random.default_rng(0)
-    step = 1e-6
-    for parameter in committee.parameters():
-        flat, gradient = parameter.detach().view(-1), parameter.grad.view(-1)
-        index = int(rng.integers(len(flat)))
-        value = float(flat[index])
-        losses = []
-        for sign in (1, -1):
-            flat[index] = value + sign * step
-            with torch.no_grad():
-                losses.append(float(loss_on(committee, structures, neighbours, weights)))
-        flat[index] = value
-        assert (losses[0] - losses[1]) / (2 * step) == pytest.approx(float(gradient[index]), rel=1e-4, abs=1e-5)
 
 
 def test_member_depends_on_seed_and_its_number_alone():

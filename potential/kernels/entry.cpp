@@ -1,0 +1,121 @@
+// On which instruction set, with how many threads and in which floating-point mode do the kernels run?
+//
+// Plain C entry points without any torch or Python header, so that ctypes, a torch.library wrapper and a LAMMPS pair
+// style can all call them. Atoms are independent, so the answer does not depend on the number of threads.
+#include <cstdlib>
+#include <new>
+
+#include "aev.h"
+#include "networks.h"
+#include "threads.h"
+#if defined(__SSE2__)
+#include <xmmintrin.h>
+#endif
+
+extern const AevKernel smelt_plain_aev[2];
+extern const NetworksKernel smelt_plain_networks[2];
+#if defined(__x86_64__)
+extern const AevKernel smelt_avx2_aev[2], smelt_avx512_aev[2];
+extern const NetworksKernel smelt_avx2_networks[2], smelt_avx512_networks[2];
+#endif
+
+namespace {
+
+#define EXPORT __attribute__((visibility("default")))
+
+constexpr int64_t ATOMS_PER_TURN = 16;
+
+// Flush denormals to zero while it lives, in this thread only: products of far Gaussians are denormal, and a denormal
+// operand costs over 100 cycles.
+class FlushDenormals {
+#if defined(__SSE2__)
+    unsigned saved = _mm_getcsr();
+public:
+    FlushDenormals() { _mm_setcsr(saved | 0x8040); }
+    ~FlushDenormals() { _mm_setcsr(saved); }
+#elif defined(__aarch64__)
+    uint64_t saved;
+public:
+    FlushDenormals() {
+        asm volatile("mrs %0, fpcr" : "=r"(saved));
+        asm volatile("msr fpcr, %0" : : "r"(saved | (1ull << 24)));
+    }
+    ~FlushDenormals() { asm volatile("msr fpcr, %0" : : "r"(saved)); }
+#else
+public:
+    FlushDenormals() {}
+#endif
+};
+
+class Workspace {
+    void* memory;
+public:
+    explicit Workspace(size_t bytes) : memory(std::calloc(bytes + 64, 1)) {
+        if (!memory) throw std::bad_alloc();
+    }
+    ~Workspace() { std::free(memory); }
+    Workspace(const Workspace&) = delete;
+    void* aligned() const { return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(memory) + 63) / 64 * 64); }
+};
+
+int best_level() {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq")) return 2;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 1;
+#endif
+    return 0;
+}
+
+#if defined(__x86_64__)
+const AevKernel* const AEV[] = {smelt_plain_aev, smelt_avx2_aev, smelt_avx512_aev};
+const NetworksKernel* const NETWORKS[] = {smelt_plain_networks, smelt_avx2_networks, smelt_avx512_networks};
+#else
+const AevKernel* const AEV[] = {smelt_plain_aev};
+const NetworksKernel* const NETWORKS[] = {smelt_plain_networks};
+#endif
+
+// turn(number, workspace) for all turns, on up to n_threads threads with a workspace each.
+template <class Turn> void run(int64_t n_turns, int n_threads, size_t workspace_bytes, Turn turn) {
+    share_out(n_turns, n_threads, [&](auto next) {
+        FlushDenormals flush;
+        Workspace workspace(workspace_bytes);
+        for (int64_t number; (number = next()) >= 0;) turn(number, workspace.aligned());
+    });
+}
+
+}  // namespace
+
+extern "C" {
+
+// The highest level this processor can run: 0 plain, 1 AVX2 with FMA, 2 AVX-512.
+EXPORT int smelt_level() { return best_level(); }
+
+// product: 0 forward, 1 transposed derivative, 2 derivative. Returns 0, or 1 when there is no memory.
+EXPORT int smelt_aev(int product, int level, int is_double, int n_threads, const AevShape* shape, int64_t n_items,
+                     int64_t n_atoms, int64_t n_edges, const void* vec, const int64_t* row, const int64_t* species,
+                     const void* in, void* out) try {
+    AevJob job{shape, n_atoms, n_edges, n_items, 0, vec, row, species, in, out};
+    for (int64_t i = 0; i < n_atoms; ++i) job.longest_row = std::max(job.longest_row, row[i + 1] - row[i]);
+    const AevKernel& kernel = AEV[level][is_double];
+    const auto atoms = product == 0 ? kernel.forward : product == 1 ? kernel.vjp : kernel.jvp;
+    run((n_atoms + ATOMS_PER_TURN - 1) / ATOMS_PER_TURN, n_threads, kernel.workspace_bytes(job),
+        [&](int64_t turn, void* workspace) {
+            const int64_t begin = turn * ATOMS_PER_TURN;
+            atoms(job, begin, std::min(begin + ATOMS_PER_TURN, n_atoms), workspace);
+        });
+    return 0;
+} catch (const std::bad_alloc&) {
+    return 1;
+}
+
+EXPORT int smelt_networks(int level, int is_double, int n_threads, const NetworksJob* job) try {
+    const NetworksKernel& kernel = NETWORKS[level][is_double];
+    run((job->n_rows + NETWORKS_BLOCK - 1) / NETWORKS_BLOCK, n_threads, kernel.workspace_bytes(*job),
+        [&](int64_t turn, void* workspace) { kernel.run(*job, turn, workspace); });
+    return 0;
+} catch (const std::bad_alloc&) {
+    return 1;
+}
+
+}  // extern "C"

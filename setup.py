@@ -1,0 +1,57 @@
+"""How are the C++ kernels built? The arithmetic once per instruction set, one chosen at run time; all of it optional.
+
+Without a C++ compiler the installation goes on, and the plain PyTorch kernels are used instead.
+"""
+
+import platform
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+KERNELS = "potential/kernels"
+# Never -ffast-math: with GCC before 13, linking with it makes the whole process flush denormals.
+FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-g0",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-ffp-contract=fast",
+    "-fvisibility=hidden",
+]
+INSTRUCTION_SETS: dict[str, list[str]] = {"smelt_plain": []}
+if platform.machine() in ("x86_64", "AMD64"):
+    INSTRUCTION_SETS["smelt_avx2"] = ["-mavx2", "-mfma"]
+    INSTRUCTION_SETS["smelt_avx512"] = ["-mavx512f", "-mavx512dq", "-mfma"]
+
+
+class BuildKernels(build_ext):
+    """Compile one source with several sets of flags, which an Extension cannot say."""
+
+    def build_extension(self, ext: Extension) -> None:
+        objects = [*self._compile("entry.cpp", "entry", FLAGS), *self._compile("pairs.cpp", "entry", FLAGS)]
+        for name, flags in INSTRUCTION_SETS.items():
+            for source in ("aev.cpp", "networks.cpp"):
+                objects += self._compile(source, name, [*FLAGS, *flags, f"-DSMELT_SIMD={name}"])
+        target = Path(self.get_ext_fullpath(ext.name))
+        self.compiler.link_shared_object(objects, str(target), extra_postargs=["-pthread"], target_lang="c++")
+
+    def _compile(self, source: str, folder: str, flags: list[str]) -> list[str]:
+        return self.compiler.compile(
+            [f"{KERNELS}/{source}"], output_dir=f"{self.build_temp}/{folder}", extra_postargs=flags
+        )
+
+
+setup(
+    ext_modules=[
+        Extension(
+            "potential.kernels._aev",
+            sources=[f"{KERNELS}/{name}" for name in ("entry.cpp", "pairs.cpp", "aev.cpp", "networks.cpp")],
+            depends=[f"{KERNELS}/{name}" for name in ("aev.h", "networks.h", "simd.h", "threads.h")],
+            language="c++",
+            optional=True,
+        )
+    ],
+    cmdclass={"build_ext": BuildKernels},
+)
