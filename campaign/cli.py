@@ -1,0 +1,299 @@
+"""What can be asked for on the command line? The only place where arguments are read and exit codes are chosen.
+
+0: done. 1: a campaign or a stage failed, with the reason. 2: bad input, with one line that says what. 130: interrupted.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from typer.exceptions import TyperException
+
+from shards.outcome import FailureClass, Outcome
+from shards.settings import SettingsError
+
+__all__ = ["app", "main"]
+
+FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+PACKAGES = frozenset({"shards", "potential", "sampler", "labeler", "trainer", "campaign"})
+
+app = typer.Typer(
+    name="smelt",
+    help="Learn an interatomic potential from a quantum code: sample, label and train until nothing is left to learn.",
+    add_completion=False,
+    rich_markup_mode=None,
+)
+
+Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="The campaign's TOML file; see configs/reference.toml.")]
+RunDir = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
+Seed = Annotated[int, typer.Option(help="Seed of the random numbers.", min=0)]
+
+
+def main() -> None:
+    """Run the command line and end the process with the exit code that this file's first lines promise."""
+    sys.exit(_run(sys.argv[1:]))
+
+
+def _run(arguments: list[str]) -> int:
+    try:
+        code = typer.main.get_command(app).main(arguments, prog_name="smelt", standalone_mode=False)
+    except TyperException as error:
+        return _refuse(f"{error.format_message()} (smelt --help says what there is)")
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+    except Exception as error:
+        if not _is_for_the_user(error):
+            raise
+        return _refuse(str(error))
+    if code == INTERRUPTED:
+        print("smelt: interrupted; the same command goes on from here", file=sys.stderr)
+    return code if isinstance(code, int) else 0
+
+
+def _refuse(message: str) -> int:
+    for line in message.splitlines():
+        print(f"smelt: {line}", file=sys.stderr)
+    return BAD_INPUT
+
+
+def _is_for_the_user(error: Exception) -> bool:
+    """Our own exception classes say what to do about bad input; so does the system about files. The rest are bugs."""
+    return type(error).__module__.partition(".")[0] in PACKAGES or (isinstance(error, OSError) and bool(error.filename))
+
+
+@app.callback(invoke_without_command=True)
+def _smelt(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    if version:
+        print(f"smelt {importlib.metadata.version('smelt')}")
+    elif context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+@app.command("run")
+def run(
+    config: Config,
+    run_dir: Annotated[Path | None, typer.Option(help="Where everything is kept; runs/NAME if not given.")] = None,
+    site: Annotated[
+        Path | None, typer.Option(help="What the machine offers; see configs/sites. This one if not given.")
+    ] = None,
+) -> None:
+    """Run a campaign until it ends. The same command again goes on with one that was stopped, however it was."""
+    from campaign.config import load_campaign
+    from campaign.driver import run_campaign
+    from campaign.site import Site, load_site
+    from campaign.summary import write_summary
+    from campaign.view import LiveView, page
+
+    settings = load_campaign(config)
+    folder = run_dir or Path("runs") / settings.campaign.name
+    console = _console()
+    with LiveView(folder, console) as view:
+        state = run_campaign(settings, folder, load_site(site) if site else Site(name="this machine"), view)
+    console.print(page(write_summary(folder, state)))
+    if state.failed:
+        print(f"smelt: the campaign failed: {state.finished}", file=sys.stderr)
+        raise typer.Exit(FAILED)
+
+
+@app.command()
+def status(
+    run_dir: RunDir, as_json: Annotated[bool, typer.Option("--json", help="Everything, for programs.")] = False
+) -> None:
+    """Say where a campaign is, while it runs or after. Reads files only."""
+    from campaign.ledger import read_state
+    from campaign.summary import summarise
+    from campaign.view import page
+
+    summary = summarise(run_dir, read_state(run_dir))
+    if as_json:
+        print(json.dumps(summary, indent=2))
+    else:
+        _console().print(page(summary))
+
+
+@app.command()
+def build(
+    config: Config,
+    dest: Annotated[Path, typer.Argument(metavar="DEST", help="The shard of frames to write.")],
+    frames: Annotated[int, typer.Option(help="How many random cells.", min=1)] = 100,
+    seed: Seed = 0,
+) -> None:
+    """Make random cells, as a campaign starts from."""
+    from campaign.config import load_campaign
+    from sampler.stage import build as stage
+
+    settings = load_campaign(config)
+    _report(stage(settings.campaign.elements, settings.builder, frames, seed, dest))
+
+
+@app.command()
+def sample(
+    config: Config,
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="The committee that drives the walkers.")],
+    dest: Annotated[Path, typer.Argument(metavar="DEST", help="The shard of frames to write.")],
+    walkers: Annotated[int, typer.Option(help="How many walkers; 0: sampler.walkers_per_task.", min=0)] = 0,
+    seed: Seed = 0,
+) -> None:
+    """Run walkers and keep the frames that the committee disagrees on."""
+    from campaign.config import load_campaign
+    from sampler.stage import sample as stage
+
+    settings = load_campaign(config)
+    n_walkers = walkers or settings.sampler.walkers_per_task
+    _report(stage(model, settings.builder, settings.sampler, n_walkers, seed, dest))
+
+
+@app.command()
+def label(
+    config: Config,
+    frames: Annotated[Path, typer.Argument(metavar="FRAMES", help="A shard of frames, or of labels to compute anew.")],
+    dest: Annotated[
+        Path, typer.Argument(metavar="DEST", help="The folder for labels, one file each, and manifest.jsonl.")
+    ],
+    index: Annotated[list[int] | None, typer.Option(help="Only this frame of the shard; may be repeated.")] = None,
+) -> None:
+    """Compute labels with the quantum code. Those that are in DEST already are kept."""
+    from campaign.config import load_campaign
+    from labeler.stage import label as stage
+    from shards.manifest import Manifest
+    from shards.reader import open_shard
+
+    settings = load_campaign(config)
+    n_frames = len(open_shard(frames))
+    indices = index or range(n_frames)
+    if wrong := [i for i in indices if not 0 <= i < n_frames]:
+        raise SettingsError(f"--index {wrong[0]}: {frames} has frames 0 to {n_frames - 1}")
+    outcome = stage(frames, indices, settings.labeler, settings.campaign.elements, dest, dest / "scratch")
+    for receipt in outcome.receipts:
+        Manifest(dest / "manifest.jsonl").append(receipt)
+    _report(outcome)
+
+
+@app.command()
+def train(
+    config: Config,
+    data: Annotated[Path, typer.Argument(metavar="DATA", help="A manifest of labels, or one shard of them.")],
+    dest: Annotated[
+        Path, typer.Argument(metavar="DEST", help="The folder for model.safetensors, metrics and checkpoint.")
+    ],
+    seed: Seed = 0,
+) -> None:
+    """Train a committee. One that was stopped in DEST goes on."""
+    from campaign.config import load_campaign
+    from trainer.stage import train as stage
+
+    settings = load_campaign(config)
+    manifest = _as_manifest(data, dest)
+    _report(stage(manifest, settings.potential, settings.trainer, settings.campaign.elements, dest, seed=seed))
+
+
+@app.command()
+def evaluate(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A committee.")],
+    data: Annotated[Path, typer.Argument(metavar="DATA", help="A manifest of labels, or one shard of them.")],
+) -> None:
+    """Compare a committee with labels."""
+    from tempfile import TemporaryDirectory
+
+    from trainer.stage import evaluate as stage
+
+    with TemporaryDirectory() as folder:
+        _report(stage(model, [_as_manifest(data, Path(folder))]))
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="A shard, .xyz, .extxyz, .db, or ANI's HDF5.")],
+    dest: Annotated[
+        Path, typer.Argument(metavar="DEST", help="A name that ends in .h5, .ani.h5, .xyz, .extxyz or .db.")
+    ],
+    energy: Annotated[str, typer.Option(help="Name of the energies in SOURCE.")] = "",
+    forces: Annotated[str, typer.Option(help="Name of the forces in SOURCE.")] = "",
+    stress: Annotated[str, typer.Option(help="Name of the stresses in SOURCE.")] = "",
+    energy_unit: Annotated[str, typer.Option(help="eV, hartree or kcal/mol; by the format if not given.")] = "",
+    length_unit: Annotated[str, typer.Option(help="A or bohr.")] = "A",
+    force_unit: Annotated[str, typer.Option(help="Such as hartree/bohr; made of the two if not given.")] = "",
+    gradients: Annotated[
+        bool, typer.Option("--gradients", help="SOURCE has gradients under the name of forces.")
+    ] = False,
+    frames_only: Annotated[bool, typer.Option("--frames-only", help="Leave labels out.")] = False,
+    skip_unlabeled: Annotated[
+        bool, typer.Option("--skip-unlabeled", help="Leave frames without an energy out.")
+    ] = False,
+) -> None:
+    """Convert frames and labels to and from other formats."""
+    from shards.convert import Fields
+    from shards.convert import convert as change
+
+    try:
+        sign = -1 if gradients else 1
+        fields = Fields(energy, forces, stress, energy_unit, length_unit, force_unit, sign)
+    except ValueError as error:
+        raise SettingsError(str(error)) from error
+    done = change(source, dest, fields, frames_only=frames_only, skip_unlabeled=skip_unlabeled)
+    skipped = f", {done.n_skipped} without an energy left out" if done.n_skipped else ""
+    print(f"{done.n_frames} frames to {', '.join(map(str, done.paths))}{skipped}")
+
+
+@app.command("import")
+def import_model(
+    source: Annotated[
+        Path, typer.Argument(metavar="SOURCE", help="The *.info file or folder of a NeuroChem committee.")
+    ],
+    dest: Annotated[Path, typer.Argument(metavar="DEST", help="The model file to write (.safetensors).")],
+) -> None:
+    """Import a published committee."""
+    from potential.neurochem import import_neurochem
+
+    print(f"{dest}: {import_neurochem(source, dest)}")
+
+
+@app.command()
+def doctor() -> None:
+    """Check that every part is there and works."""
+    from campaign.doctor import examine
+
+    if not examine(_console()):
+        raise typer.Exit(FAILED)
+
+
+def _console() -> Console:
+    return Console() if sys.stdout.isatty() else Console(width=120)
+
+
+def _as_manifest(data: Path, folder: Path) -> Path:
+    """A manifest for `data`, which is one already or a single shard; then it is written into `folder`."""
+    from shards.manifest import Manifest
+    from shards.reader import open_shard
+
+    if data.suffix == ".jsonl":
+        if not data.is_file():
+            raise SettingsError(f"{data}: no such file")
+        return data
+    manifest = Manifest(folder / "manifest.jsonl")
+    receipt = open_shard(data).receipt()
+    manifest.path.parent.mkdir(parents=True, exist_ok=True)
+    manifest.append(receipt)
+    return manifest.path
+
+
+def _report(outcome: Outcome) -> None:
+    """Print what a stage did, as JSON; end with the exit code of its failure, if it has one."""
+    print(json.dumps({"receipts": [asdict(receipt) for receipt in outcome.receipts], "facts": outcome.facts}, indent=2))
+    if outcome.failure:
+        log = f" (log: {outcome.failure.log})" if outcome.failure.log else ""
+        print(f"smelt: {outcome.stage} failed: {outcome.failure.kind}: {outcome.failure.message}{log}", file=sys.stderr)
+        raise typer.Exit(BAD_INPUT if outcome.failure.kind is FailureClass.MISSING else FAILED)
+    if failures := outcome.facts.get("failures"):
+        print(f"smelt: {len(failures)} of {len(failures) + len(outcome.receipts)} frames failed", file=sys.stderr)
+        raise typer.Exit(FAILED)

@@ -1,0 +1,226 @@
+"""Is every part that smelt needs here, in which version, and does it work? Each is really used, not only imported."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+
+from labeler.engine import MissingEngine
+from trainer.launch import DEFAULT_LAUNCHER, rank_environment
+
+__all__ = ["examine"]
+
+RANKS = 2
+PATIENCE_S = 120.0
+HELLO = "from mpi4py import MPI; c = MPI.COMM_WORLD; print('sum', c.allreduce(c.rank + 1), 'of', c.size)"
+ALL_REDUCE = """
+import horovod.torch as hvd, torch
+hvd.init()
+total = hvd.allreduce(torch.tensor([hvd.rank() + 1.0]), op=hvd.Sum)
+print('sum', int(total), 'of', hvd.size())
+"""
+
+
+class PartError(Exception):
+    """A part that does not work; the message says what is wrong and what to do."""
+
+
+class AbsentError(PartError):
+    """A part that is not installed."""
+
+
+@dataclass(frozen=True)
+class Part:
+    name: str
+    check: Callable[[Path], str]  # scratch folder -> what was found and done; raises when it does not work
+    needed: bool = True
+    remedy: str = "run make setup"
+
+
+def examine(console: Console) -> bool:
+    """Print one line per part; whether smelt can work: nothing is broken, and what may be absent is optional."""
+    healthy = True
+    for part in PARTS:
+        with tempfile.TemporaryDirectory(prefix="smelt-doctor-") as scratch:
+            try:
+                word, style, finding = "ok", "green", part.check(Path(scratch))
+            except (AbsentError, MissingEngine, ImportError) as error:
+                word, style, finding = "missing", "bold red" if part.needed else "yellow", f"{error}: {part.remedy}"
+                healthy = healthy and not part.needed
+            except Exception as error:
+                lines = str(error).strip().splitlines()
+                word, style, finding = "BROKEN", "bold red", f"{lines[0] if lines else type(error).__name__}"
+                healthy = False
+        console.print(Text.assemble((f"{word:8}", style), (f"{part.name:10}", "bold"), finding), soft_wrap=True)
+    return healthy
+
+
+def _python(scratch: Path) -> str:
+    return f"{sys.version.split()[0]}, {sys.executable}"
+
+
+def _compiler(scratch: Path) -> str:
+    if shutil.which("g++") is None:
+        raise AbsentError("no g++ on PATH")
+    source, program = scratch / "hello.cpp", scratch / "hello"
+    source.write_text("int main() { return 0; }\n")
+    _output(["g++", "-o", str(program), str(source)])
+    _output([str(program)])
+    return f"g++ {_output(['g++', '-dumpfullversion'])}, builds a program"
+
+
+def _torch(scratch: Path) -> str:
+    import torch
+
+    if float(torch.ones(3, 3).matmul(torch.ones(3, 1)).sum()) != 9.0:
+        raise PartError(f"{torch.__version__} multiplies wrongly")
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return f"{torch.__version__}, {', '.join(devices) or 'CPU only'}, {torch.get_num_threads()} threads"
+
+
+def _kernels(scratch: Path) -> str:
+    import torch
+
+    from potential.aev import AEVParameters
+    from potential.config import PotentialSettings
+    from potential.kernels import aev_forward, implementation, native_available, reference
+
+    if not native_available():
+        raise AbsentError("the C++ kernels were not built")
+    parameters = AEVParameters.from_settings(PotentialSettings(), 1)
+    vec, row = 4 * torch.rand(12, 3, dtype=torch.float64), torch.tensor([0, 12])
+    species = torch.zeros(12, dtype=torch.int64)
+    error = (
+        (aev_forward(vec, row, species, parameters) - reference.aev_forward(vec, row, species, parameters)).abs().max()
+    )
+    if error > 1e-10:
+        raise PartError(f"the {implementation(vec)} kernels are {error:.1e} off the plain PyTorch ones")
+    return f"{implementation(vec)}, as the plain PyTorch ones to {error:.0e}"
+
+
+def _mpi(scratch: Path) -> str:
+    says = _on_ranks(HELLO, scratch)
+    vendor = _python_says("from mpi4py import MPI; print(MPI.Get_library_version().split(',')[0])").replace("v", "")
+    return f"{vendor}, mpi4py {_version('mpi4py')}, {RANKS} ranks add up: {says}"
+
+
+def _horovod(scratch: Path) -> str:
+    says = _on_ranks(ALL_REDUCE, scratch)
+    return f"{_version('horovod')}, {RANKS} ranks reduce: {says}"
+
+
+def _h5py(scratch: Path) -> str:
+    import h5py
+
+    with h5py.File(scratch / "file.h5", "w") as file:
+        file["column"] = [1.0, 2.0]
+    with h5py.File(scratch / "file.h5") as file:
+        if file["column"][()].sum() != 3.0:
+            raise PartError(f"{h5py.__version__} reads other numbers than it wrote")
+    return f"{h5py.__version__} with HDF5 {h5py.version.hdf5_version}, writes and reads"
+
+
+def _ase(scratch: Path) -> str:
+    from ase import __version__
+    from ase.build import bulk
+    from ase.calculators.emt import EMT
+
+    atoms = bulk("Al")
+    atoms.calc = EMT()
+    return f"{__version__}, EMT gives {atoms.get_potential_energy():.3f} eV for fcc Al"
+
+
+def _gpaw(scratch: Path) -> str:
+    from ase.build import bulk
+
+    from labeler.config import GpawSettings, LabelerSettings
+    from labeler.stage import label, level
+    from shards import open_shard, write_frames
+    from shards.atoms import from_atoms
+
+    cheap = GpawSettings(cutoff_eV=150.0, kpoint_spacing_per_A=1.0)
+    settings = LabelerSettings(gpaw=cheap, time_limit_min=PATIENCE_S / 60)
+    data = len(level(settings, ["Al"]).data)
+    frames = write_frames(scratch / "frames.h5", [from_atoms(bulk("Al", cubic=True))])
+    outcome = label(Path(frames.path), [0], settings, ["Al"], scratch / "labels", scratch)
+    failures = [failure["message"] for failure in outcome.facts.get("failures", {}).values()]
+    if outcome.failure or failures:
+        raise PartError(outcome.failure.message if outcome.failure else failures[0])
+    result = open_shard(Path(outcome.receipts[0].path)).label(0)
+    return (
+        f"{_version('gpaw')}, {data} PAW data set, {result.energy:.2f} eV for 4 atoms of Al in {result.seconds:.1f} s"
+    )
+
+
+def _parsl(scratch: Path) -> str:
+    from campaign.site import ParslPools, Site
+
+    with ParslPools(Site(name="doctor"), scratch) as pools:
+        pid = pools.submit("sample", _worker).result(PATIENCE_S)["pid"]
+    return f"{_version('parsl')}, a worker (pid {pid}) ran a task"
+
+
+def _worker() -> dict[str, int]:
+    return {"pid": os.getpid()}
+
+
+def _scratch(scratch: Path) -> str:
+    (scratch / "file").write_bytes(b"\0" * 1_000_000)
+    return f"{scratch.parent} is writable, {shutil.disk_usage(scratch).free / 1e9:.0f} GB free"
+
+
+def _on_ranks(program: str, scratch: Path) -> str:
+    """What rank 0 of a program says, which each rank says alike."""
+    script = scratch / "program.py"
+    script.write_text(program)
+    command = [word.format(ranks=RANKS) for word in DEFAULT_LAUNCHER]
+    environment = rank_environment(os.environ, RANKS, DEFAULT_LAUNCHER, str(scratch))
+    lines = _output([*command, sys.executable, str(script)], environment).splitlines()
+    expected = f"sum {sum(range(1, RANKS + 1))} of {RANKS}"
+    if lines != [expected] * RANKS:
+        raise PartError(f"{RANKS} ranks said {lines}, expected {expected!r} of each")
+    return expected
+
+
+def _python_says(program: str) -> str:
+    return _output([sys.executable, "-c", program])
+
+
+def _output(command: Sequence[str], environment: dict[str, str] | None = None) -> str:
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE_S)
+    except FileNotFoundError:
+        raise AbsentError(f"{command[0]} is not on PATH") from None
+    if done.returncode != 0:
+        said = [line.strip() for line in done.stderr.splitlines() if line.strip(" -")]
+        raise PartError(f"{Path(command[0]).name} ends with {done.returncode}: {said[-1] if said else 'no message'}")
+    return done.stdout.strip()
+
+
+def _version(package: str) -> str:
+    return importlib.metadata.version(package)
+
+
+PARTS = (
+    Part("Python", _python),
+    Part("C++", _compiler, needed=False, remedy="needed to build, not to run (package g++)"),
+    Part("torch", _torch),
+    Part("kernels", _kernels, needed=False, remedy="plain PyTorch is used, several times slower; make setup with g++"),
+    Part("MPI", _mpi),
+    Part("Horovod", _horovod),
+    Part("HDF5", _h5py),
+    Part("ASE", _ase),
+    Part("GPAW", _gpaw, needed=False, remedy='needed for labeler.engine = "gpaw" only'),
+    Part("Parsl", _parsl),
+    Part("scratch", _scratch),
+)

@@ -1,0 +1,475 @@
+"""Who carries out what the policy decides? The one process that writes the ledger.
+
+Every decision comes from the replayed ledger, every result is in it before anything is built on it.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from types import FrameType, MappingProxyType
+from typing import Any
+
+from campaign.config import (
+    STOP_FIELDS,
+    CampaignConfig,
+    changed_fields,
+    config_digest,
+    load_campaign,
+    to_toml,
+)
+from campaign.harvest import label_path, merge, published_label, reconcile, record_labels
+from campaign.lease import Holder, Lease
+from campaign.ledger import Ledger
+from campaign.policy import (
+    POOL_OF,
+    Action,
+    Build,
+    Evaluate,
+    Fail,
+    Finish,
+    Label,
+    Rank,
+    Sample,
+    Stop,
+    Train,
+    Verdict,
+    decide,
+    derive_seed,
+    holdout_of,
+    verdict,
+)
+from campaign.site import ParslPools, Pools, Site, failure_class
+from campaign.state import Candidate, State, Task
+from campaign.tasks import candidates_path, scratch_folder, stage_call
+from campaign.worker import perform, read_outcome
+from shards.frame import Frame
+from shards.outcome import Failure, FailureClass, Outcome, Timing
+from shards.reader import ShardError, open_shard
+from shards.settings import SettingsError
+from shards.writer import write_frames
+
+__all__ = ["run_campaign"]
+
+TICK_S = 0.5  # longest time between two looks at published labels
+PACKAGES = ("smelt", "torch", "ase", "h5py", "parsl", "mpi4py", "horovod", "gpaw", "numpy")
+
+OnEvent = Callable[[State], None]
+Event = tuple[str, dict[str, Any]]
+
+
+def run_campaign(
+    config: Path | CampaignConfig, run_dir: Path, site: Site, on_event: OnEvent = lambda state: None
+) -> State:
+    """Start a campaign in `run_dir`, or go on with the one that is there, until it ends.
+
+    `on_event` is called with the state after every change and at least twice a second.
+
+    Returns the last state: `finished` is the reason, `failed` whether the campaign could not go on.
+
+    Raises:
+        SettingsError: a configuration that cannot be used, or that is not the run directory's.
+        MissingEngine: the quantum code or its data is not there.
+        LeaseError: another driver is at work on `run_dir`.
+        LedgerError, ShardError, ManifestError: files of the run directory that are damaged.
+        KeyboardInterrupt: on SIGINT and SIGTERM, after all workers were stopped and the ledger closed.
+    """
+    if isinstance(config, Path):
+        config = load_campaign(config)
+    level = _check_environment(config)
+    with _lease(run_dir, config) as holder, Ledger(run_dir) as ledger:
+        if not _open_campaign(config, run_dir, ledger, level):
+            return ledger.replay.state()
+        reconcile(run_dir, ledger, level)
+        with _interruptible() as interrupted, _session(config, run_dir, ledger, holder):
+            try:
+                with ParslPools(site, run_dir) as pools:
+                    Driver(config, run_dir, site, ledger, level, pools, holder, on_event).run(interrupted)
+            finally:
+                # What workers published while they were being stopped.
+                record_labels(run_dir, ledger, list(ledger.replay.in_flight), level)
+        return ledger.replay.state()
+
+
+def _check_environment(config: CampaignConfig) -> str:
+    """Find out before anything starts what would fail every task. Returns the digest of the level of theory."""
+    from labeler.stage import level
+    from sampler.builder import check_builder
+
+    check_builder(config.campaign.elements, config.builder)
+    return level(config.labeler, config.campaign.elements).digest
+
+
+@contextmanager
+def _lease(run_dir: Path, config: CampaignConfig) -> Iterator[Holder]:
+    """Hold the run directory; refuse one that belongs to another configuration."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with Lease(run_dir) as lease:
+        _check_same_campaign(run_dir, config)
+        for folder in ("candidates", "labels", "models", "scratch", "logs"):
+            (run_dir / folder).mkdir(exist_ok=True)
+        yield lease.holder
+
+
+def _check_same_campaign(run_dir: Path, config: CampaignConfig) -> None:
+    path = run_dir / "config.toml"
+    if not path.exists():
+        if any(child.name != "lock" for child in run_dir.iterdir()):
+            raise SettingsError(f"{run_dir}: not empty, and not a run directory: there is no config.toml in it")
+        return
+    changed = changed_fields(load_campaign(path), config)
+    forbidden = [f"{name}: {old!r} -> {new!r}" for name, (old, new) in changed.items() if name not in STOP_FIELDS]
+    if forbidden:
+        raise SettingsError(
+            f"{run_dir}: was started with other settings ({'; '.join(forbidden)});"
+            f" only {', '.join(sorted(STOP_FIELDS))} may change; use a new run directory"
+        )
+
+
+def _open_campaign(config: CampaignConfig, run_dir: Path, ledger: Ledger, level: str) -> bool:
+    """Record a new campaign, or check the one that is there. False: it has finished, and nothing has changed since."""
+    state, digest = ledger.replay.state(), config_digest(config)
+    if state.seq and state.level != level:
+        raise SettingsError(
+            f"{run_dir}: its labels are of level of theory {state.level}, now it would be {level}: the quantum code or"
+            " its data has changed since; restore them, or use a new run directory"
+        )
+    if state.finished and not state.failed and state.config_digest == digest:
+        return False
+    _write_atomically(run_dir / "config.toml", to_toml(config))
+    if not state.seq:
+        ledger.append(
+            "campaign_started",
+            name=config.campaign.name,
+            config_digest=digest,
+            seed=config.campaign.seed,
+            level=level,
+            versions=_versions(),
+            revision=_revision(),
+        )
+    return True
+
+
+@contextmanager
+def _session(config: CampaignConfig, run_dir: Path, ledger: Ledger, holder: Holder) -> Iterator[None]:
+    ledger.append("driver_started", host=holder.host, pid=holder.pid, config_digest=config_digest(config))
+    try:
+        yield
+    except BaseException as error:
+        reason = "interrupted" if isinstance(error, KeyboardInterrupt) else f"{type(error).__name__}: {error}"
+        ledger.append("driver_stopped", reason=reason)
+        raise
+    ledger.append("driver_stopped", reason="the campaign has ended")
+
+
+@contextmanager
+def _interruptible() -> Iterator[threading.Event]:
+    """An event that Ctrl-C and SIGTERM set, so that the driver stops between two steps and never inside of one."""
+    interrupted = threading.Event()
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        interrupted.set()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield interrupted
+        return
+    previous = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield interrupted
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+class Driver:
+    """Decide, submit, wait, record, until the campaign ends."""
+
+    def __init__(
+        self,
+        config: CampaignConfig,
+        run_dir: Path,
+        site: Site,
+        ledger: Ledger,
+        level: str,
+        pools: Pools,
+        holder: Holder,
+        on_event: OnEvent,
+    ) -> None:
+        self._config = config
+        self._settings = config.campaign
+        self._run_dir = run_dir
+        self._site = site
+        self._ledger = ledger
+        self._level = level
+        self._pools = pools
+        self._holder = holder
+        self._on_event = on_event
+        self._futures: dict[Future[dict[str, Any]], Task] = {}
+
+    def run(self, interrupted: threading.Event) -> None:
+        """Raises KeyboardInterrupt once `interrupted` is set."""
+        running = self._ledger.replay.state().running
+        for folder in {*(self._run_dir / "scratch").iterdir()} - {scratch_folder(self._run_dir, t.id) for t in running}:
+            if outcome := read_outcome(folder):
+                _tidy(folder, outcome)
+        for task in running:
+            self._start(task.id, task.stage, task.inputs)
+        while not (state := self._ledger.replay.state()).finished:
+            actions = decide(state, self._settings, self._pools.slots, time.time())
+            for action in actions:
+                self._carry_out(action)
+            self._on_event(self._ledger.replay.state())
+            if not any(isinstance(action, Stop | Finish | Fail) for action in actions):
+                self._wait()
+            if interrupted.is_set():
+                raise KeyboardInterrupt
+
+    def _wait(self) -> None:
+        """Until a task ends, or a tick has passed; record what has come."""
+        done: set[Future[dict[str, Any]]] = set()
+        if self._futures:
+            done, _ = wait(self._futures, timeout=TICK_S, return_when=FIRST_COMPLETED)
+        else:
+            time.sleep(TICK_S)
+        for future in done:
+            self._settle(self._futures.pop(future), future)
+        record_labels(self._run_dir, self._ledger, list(self._ledger.replay.in_flight), self._level)
+        if reason := self._pools.lost():
+            self._ledger.append("campaign_finished", reason=reason, failed=True)
+
+    # What the policy asks for.
+
+    def _carry_out(self, action: Action) -> None:
+        match action:
+            case Build(n_frames):
+                self._submit("build", {"n_frames": n_frames})
+            case Sample(generation):
+                self._submit("sample", {"generation": generation})
+            case Rank(generation, paths):
+                self._submit("rank", {"generation": generation, "paths": list(paths)})
+            case Label(candidates):
+                self._submit_labels(candidates)
+            case Train(generation):
+                merge(self._run_dir, self._ledger)
+                n_labels = self._ledger.replay.n_labels(holdout=False)
+                self._submit("train", {"generation": generation, "n_labels": n_labels})
+            case Evaluate(generation):
+                merge(self._run_dir, self._ledger)
+                n_labels = self._ledger.replay.n_labels(holdout=True)
+                self._submit("evaluate", {"generation": generation, "n_labels": n_labels})
+            case Stop(reason):
+                self._ledger.append("stop_reached", reason=reason)
+            case Finish(reason):
+                self._ledger.append("campaign_finished", reason=reason, failed=False)
+            case Fail(reason):
+                self._ledger.append("campaign_finished", reason=reason, failed=True)
+
+    def _submit(self, stage: str, inputs: dict[str, Any]) -> None:
+        task, counter = self._next_task(stage)
+        self._start(task, stage, {**inputs, "seed": derive_seed(self._settings.seed, stage, counter)})
+
+    def _submit_labels(self, candidates: Sequence[Candidate]) -> None:
+        task, _ = self._next_task("label")
+        path, indices = candidates[0].path, [candidate.index for candidate in candidates]
+        if any(candidate.path != path for candidate in candidates):
+            path, indices = self._gather(task, candidates), list(range(len(candidates)))
+        frames = [candidate.frame for candidate in candidates]
+        self._start(task, "label", {"path": path, "indices": indices, "frames": frames})
+
+    def _gather(self, task: str, candidates: Sequence[Candidate]) -> str:
+        """Put frames of several shards into one; returns its path."""
+        shards = {path: open_shard(self._run_dir / path) for path in {candidate.path for candidate in candidates}}
+        dest = scratch_folder(self._run_dir, task) / "frames.h5"
+        write_frames(dest, [shards[candidate.path].frame(candidate.index) for candidate in candidates])
+        return dest.relative_to(self._run_dir).as_posix()
+
+    def _next_task(self, stage: str) -> tuple[str, int]:
+        counter = self._ledger.replay.n_tasks(stage) + 1
+        return f"{stage}-{counter:06d}", counter
+
+    def _start(self, task_id: str, stage: str, inputs: Mapping[str, Any]) -> None:
+        """Record a task and hand it to its pool; one that a former driver had submitted starts again under its name."""
+        self._ledger.append("task_submitted", task=task_id, stage=stage, inputs=dict(inputs))
+        task = self._ledger.replay.task(task_id)
+        call = stage_call(task, self._config, self._site, self._run_dir, self._ledger.replay.models)
+        scratch = scratch_folder(self._run_dir, task_id)
+        self._futures[self._pools.submit(POOL_OF[stage], perform, call, scratch, self._holder)] = task
+
+    # What comes back.
+
+    def _settle(self, task: Task, future: Future[dict[str, Any]]) -> None:
+        """Record what a task brought and that it has ended, in one write: a crash leaves both or neither."""
+        outcome = self._outcome(task, future)
+        events: list[Event] = []
+        if task.stage == "label":
+            events = self._label_events(task, outcome)
+        elif outcome.failure is None:
+            events = self._EVENTS_OF[task.stage](self, task, outcome)
+        self._ledger.append_all([*events, _end_event(task, outcome)])
+        _tidy(scratch_folder(self._run_dir, task.id), outcome)
+
+    def _outcome(self, task: Task, future: Future[dict[str, Any]]) -> Outcome:
+        error = future.exception()
+        if error is None:
+            return Outcome.from_dict(future.result())
+        message = " ".join(f"{type(error).__name__}: {error}".split())
+        log = str(self._run_dir / "logs" / "parsl.log")
+        timing = Timing("", task.submitted, max(task.submitted, time.time()))
+        return Outcome(task.stage, timing, failure=Failure(failure_class(error), message, log))
+
+    def _label_events(self, task: Task, outcome: Outcome) -> list[Event]:
+        """What becomes of every frame of a label task: its file, its own failure, or that of the whole task."""
+        record_labels(self._run_dir, self._ledger, self._held_by(task), self._level)
+        failures = outcome.facts.get("failures", {})
+        events: list[Event] = []
+        for frame in self._held_by(task):
+            failure = failures.get(frame) or self._failure_without_label(frame, outcome)
+            if failure["kind"] != FailureClass.MISSING:
+                events.append(("label_failed", {"frame": frame, "failure": failure}))
+                attempts = self._ledger.replay.in_flight[frame].attempts + 1
+                if verdict(FailureClass(failure["kind"]), attempts, self._settings) is Verdict.QUARANTINE:
+                    events.append(("quarantined", {"frame": frame, "failure": failure}))
+        return events
+
+    def _held_by(self, task: Task) -> list[str]:
+        return [frame for frame in task.inputs["frames"] if frame in self._ledger.replay.in_flight]
+
+    def _failure_without_label(self, frame: str, outcome: Outcome) -> dict[str, Any]:
+        if outcome.failure is not None:
+            return asdict(outcome.failure)
+        try:
+            published_label(self._run_dir, frame, self._level)
+            message = "its task ended with neither a label nor a failure"
+        except ShardError as error:
+            message = str(error)
+        return asdict(Failure(FailureClass.CRASH, message, str(label_path(self._run_dir, frame))))
+
+    def _bootstrap_events(self, task: Task, outcome: Outcome) -> list[Event]:
+        return self._queue_events(task, outcome, kind="bootstrap", generation=0)
+
+    def _candidate_events(self, task: Task, outcome: Outcome) -> list[Event]:
+        return self._queue_events(task, outcome, kind="walker", generation=task.inputs["generation"])
+
+    def _queue_events(self, task: Task, outcome: Outcome, *, kind: str, generation: int) -> list[Event]:
+        path = candidates_path(self._run_dir, task.id)
+        frames = {frame.id: (index, frame) for index, frame in enumerate(open_shard(path).frames())}
+        new = [frame for frame in frames if not self._ledger.replay.is_known(frame)]
+        if not new:
+            return []
+        held_out = holdout_of(new, self._settings.holdout_fraction, exact=kind == "bootstrap")
+        rows = [[f, frames[f][0], frames[f][1].n_atoms, _spread(frames[f][1]), f in held_out] for f in new]
+        relative = path.relative_to(self._run_dir).as_posix()
+        return [("frames_queued", {"path": relative, "kind": kind, "generation": generation, "frames": rows})]
+
+    def _ranking_events(self, task: Task, outcome: Outcome) -> list[Event]:
+        """Drop queued walker frames that the newest model is sure of, or that resemble a less sure one."""
+        scores, order = outcome.facts["scores"], set(outcome.facts["order"])
+        queue = self._ledger.replay.state().queue
+        asked = [c.frame for c in queue if c.kind == "walker" and c.frame in scores]
+        sure = [frame for frame in asked if not scores[frame][3]]
+        similar = [frame for frame in asked if scores[frame][3] and frame not in order]
+        spreads = {frame: scores[frame][1] for frame in asked if frame in order}
+        return [
+            ("frames_ranked", {"generation": task.inputs["generation"], "spreads": spreads}),
+            ("frames_dropped", {"frames": sure, "reason": "sure"}),
+            ("frames_dropped", {"frames": similar, "reason": "similar"}),
+        ]
+
+    def _model_events(self, task: Task, outcome: Outcome) -> list[Event]:
+        path = Path(outcome.facts["model"]).resolve().relative_to(self._run_dir.resolve())
+        return [
+            (
+                "model_trained",
+                {
+                    "generation": task.inputs["generation"],
+                    "path": path.as_posix(),
+                    "digest": outcome.facts["digest"],
+                    "n_labels": task.inputs["n_labels"],
+                    "metrics": _finite(outcome.facts),
+                },
+            )
+        ]
+
+    def _evaluation_events(self, task: Task, outcome: Outcome) -> list[Event]:
+        inputs = {name: task.inputs[name] for name in ("generation", "n_labels")}
+        return [("model_evaluated", {**inputs, "metrics": _finite(outcome.facts)})]
+
+    _EVENTS_OF: Mapping[str, Callable[[Driver, Task, Outcome], list[Event]]] = MappingProxyType(
+        {
+            "build": _bootstrap_events,
+            "sample": _candidate_events,
+            "rank": _ranking_events,
+            "train": _model_events,
+            "evaluate": _evaluation_events,
+        }
+    )
+
+
+def _tidy(scratch: Path, outcome: Outcome) -> None:
+    """Remove what an ended task needed; logs of failures stay."""
+    if outcome.failure is None and not outcome.facts.get("failures"):
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _end_event(task: Task, outcome: Outcome) -> Event:
+    timing = asdict(outcome.timing)
+    if outcome.failure is not None:
+        return "task_failed", {"task": task.id, "timing": timing, "failure": asdict(outcome.failure)}
+    # Per-frame facts have been recorded as events of their own.
+    facts = {key: value for key, value in outcome.facts.items() if key not in ("scores", "order", "failures")}
+    return "task_finished", {"task": task.id, "timing": timing, "facts": _finite(facts)}
+
+
+def _spread(frame: Frame) -> float:
+    """Mean force spread at which a walker stopped, eV/A; 0 when no model was asked."""
+    spread = frame.origin.force_spread
+    return spread if math.isfinite(spread) else 0.0
+
+
+def _finite(value: Any) -> Any:
+    """JSON without NaN and infinity, which become null."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _revision() -> str:
+    """Git revision of this code, with -dirty when it was changed since; empty when it is not in a repository."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    partial = path.with_suffix(".part")
+    with partial.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)

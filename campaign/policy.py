@@ -1,0 +1,337 @@
+"""What should a campaign do next? A pure function from its state: no clock, no file, no task of its own."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from campaign.config import CampaignSettings
+from campaign.state import Candidate, State
+from shards.outcome import FailureClass
+
+__all__ = [
+    "POOL_OF",
+    "Action",
+    "Build",
+    "Evaluate",
+    "Fail",
+    "Finish",
+    "Label",
+    "Rank",
+    "Sample",
+    "Stop",
+    "Train",
+    "Verdict",
+    "decide",
+    "derive_seed",
+    "holdout_of",
+    "verdict",
+]
+
+
+@dataclass(frozen=True)
+class Build:
+    """Make the bootstrap frames."""
+
+    n_frames: int
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Run walkers with the newest model."""
+
+    generation: int
+
+
+@dataclass(frozen=True)
+class Rank:
+    """Score queued candidates by the newest model."""
+
+    generation: int
+    paths: tuple[str, ...]  # the shards they are in
+
+
+@dataclass(frozen=True)
+class Label:
+    """Label some frames in one task."""
+
+    candidates: tuple[Candidate, ...]
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train the next generation on all labels that are there."""
+
+    generation: int
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Measure a model on the held-out set."""
+
+    generation: int
+
+
+@dataclass(frozen=True)
+class Stop:
+    """Sample and label no more; train once more on everything."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Finish:
+    reason: str
+
+
+@dataclass(frozen=True)
+class Fail:
+    reason: str
+
+
+Action = Build | Sample | Rank | Label | Train | Evaluate | Stop | Finish | Fail
+
+# Which pool of workers runs which stage. Ranking is short and follows a training, whose slot it finds free.
+POOL_OF: Mapping[str, str] = {
+    "build": "sample",
+    "sample": "sample",
+    "rank": "train",
+    "label": "label",
+    "train": "train",
+    "evaluate": "train",
+}
+
+
+def decide(state: State, settings: CampaignSettings, slots: Mapping[str, int], now: float) -> list[Action]:
+    """Actions to take at once. slots: pool -> tasks that it runs at a time. now: seconds since the epoch."""
+    if state.finished:
+        return []
+    if reason := _failure(state, settings):
+        return [Fail(reason)]
+    if not state.stopping and (reason := _stop(state, settings, now)):
+        return [Stop(reason)]
+    if state.stopping and _is_done(state, settings):
+        return [Finish(state.stopping)]
+    free = {pool: slots[pool] - _n_running(state, pool=pool) for pool in slots}
+    rank = _rank(state)
+    training = _training(state, settings)
+    return [
+        *_sampling(state, settings, free["sample"]),
+        *_labeling(state, settings, free["label"], ranking=bool(rank) or _n_running(state, stage="rank") > 0),
+        *[*rank, *_evaluation(state), *training][: max(0, free["train"])],
+    ]
+
+
+def _failure(state: State, settings: CampaignSettings) -> str:
+    """Why the campaign cannot go on; empty when it can."""
+    if state.blocked:
+        return state.blocked
+    for stage, tally in state.stages.items():
+        if stage != "label" and tally.failed_in_a_row >= settings.attempts:
+            return f"{stage} failed {tally.failed_in_a_row} times in a row; {tally.last_failure}"
+    return _label_failure(state, settings) or _sampling_failure(state, settings)
+
+
+def _label_failure(state: State, settings: CampaignSettings) -> str:
+    recent = state.recent[-settings.failure_window :]
+    n_bad = recent.count(False)
+    newest = ""
+    if state.quarantined:
+        last = state.quarantined[-1]
+        newest = f"; the last one: {last.kind}: {last.message}" + (f" (log: {last.log})" if last.log else "")
+    if len(recent) >= settings.failure_first and n_bad == len(recent) and state.n_labels == 0:
+        return f"the first {n_bad} frames all failed to be labeled{newest}"
+    if len(recent) == settings.failure_window and n_bad > settings.failure_fraction * len(recent):
+        return f"{n_bad} of the last {len(recent)} frames failed to be labeled{newest}"
+    if _bootstrap_is_settled(state) and state.n_train == 0:
+        return f"no bootstrap frame for training could be labeled{newest}"
+    if state.stopping and not state.in_flight and state.n_train == 0:
+        return f"there are no labels to train on, and no time to make them ({state.stopping})"
+    return ""
+
+
+def _sampling_failure(state: State, settings: CampaignSettings) -> str:
+    walkers = state.walkers_newest
+    if walkers.run >= settings.quiet_walkers and walkers.exploded + walkers.too_close == walkers.run:
+        if any(candidate.generation == state.generation for candidate in (*state.queue, *state.in_flight)):
+            return ""
+        return (
+            f"all {walkers.run} walkers of generation {state.generation} ran away ({walkers.exploded}) or came too"
+            f" close ({walkers.too_close}): use a smaller sampler.timestep_fs, lower temperatures, more labels"
+        )
+    return ""
+
+
+def _stop(state: State, settings: CampaignSettings, now: float) -> str:
+    """Why to stop sampling and labeling; empty when there is no reason."""
+    if state.n_labels >= settings.max_labels:
+        return f"max_labels: {state.n_labels} labels"
+    active_s = state.active_s + max(0.0, now - state.time)
+    if active_s >= settings.max_hours * 3600:
+        return f"max_hours: {active_s / 3600:.2f} hours of work"
+    if state.generation >= settings.max_generations - 1 and _is_worth_training(state, settings):
+        return f"max_generations: the next model is number {settings.max_generations}"
+    if state.generation >= settings.max_generations:
+        return f"max_generations: {state.generation} models"
+    walkers = state.walkers_newest
+    if walkers.run >= settings.quiet_walkers and walkers.timeouts >= settings.quiet_fraction * walkers.run:
+        return (
+            f"nothing left to learn: {walkers.timeouts} of {walkers.run} walkers of generation {state.generation}"
+            " ran to their end without a trigger"
+        )
+    return ""
+
+
+def _is_done(state: State, settings: CampaignSettings) -> bool:
+    return (
+        not state.in_flight
+        and _n_running(state, stage="train") == 0
+        and (_n_new(state) == 0 or state.generation >= settings.max_generations)
+        and all(model.n_holdout == state.n_holdout for model in state.models)
+    )
+
+
+def _n_running(state: State, *, stage: str = "", pool: str = "") -> int:
+    return sum(task.stage == stage or POOL_OF[task.stage] == pool for task in state.running)
+
+
+def _n_new(state: State) -> int:
+    """Training labels that the newest model has not seen."""
+    return state.n_train - (state.models[-1].n_labels if state.models else 0)
+
+
+def _bootstrap_is_settled(state: State) -> bool:
+    waiting = any(candidate.kind == "bootstrap" for candidate in (*state.queue, *state.in_flight))
+    return state.n_bootstrap > 0 and not waiting
+
+
+def _is_worth_training(state: State, settings: CampaignSettings) -> bool:
+    if _n_running(state, stage="train"):
+        return False
+    if state.models:
+        return _n_new(state) >= settings.retrain_after
+    enough = state.n_train >= settings.bootstrap_fraction * settings.n_bootstrap
+    return state.n_train > 0 and (enough or _bootstrap_is_settled(state))
+
+
+def _training(state: State, settings: CampaignSettings) -> list[Action]:
+    if state.generation >= settings.max_generations or _n_running(state, stage="train"):
+        return []
+    last = state.stopping and not state.in_flight and _n_new(state) > 0
+    if last or (not state.stopping and _is_worth_training(state, settings)):
+        return [Train(state.generation + 1)]
+    return []
+
+
+def _evaluation(state: State) -> list[Action]:
+    """The newest model once, for people who watch; at the end all models on the complete held-out set."""
+    under_way = {task.inputs["generation"] for task in state.running if task.stage == "evaluate"}
+    complete = state.stopping and not state.in_flight
+    models = state.models if complete else state.models[-1:]
+    return [
+        Evaluate(model.generation)
+        for model in models
+        if model.generation not in under_way
+        and (model.n_holdout < state.n_holdout if complete else model.n_holdout == 0 < state.n_holdout)
+    ]
+
+
+def _rank(state: State) -> list[Action]:
+    if state.stopping or _n_running(state, stage="rank"):
+        return []
+    stale = [c for c in state.queue if c.kind == "walker" and c.generation < state.generation]
+    paths = tuple(dict.fromkeys(candidate.path for candidate in stale))
+    return [Rank(state.generation, paths)] if paths else []
+
+
+def _sampling(state: State, settings: CampaignSettings, free: int) -> list[Action]:
+    if state.stopping:
+        return []
+    if state.n_bootstrap == 0:
+        n_frames = math.ceil(settings.n_bootstrap / (1 - settings.holdout_fraction))
+        return [Build(n_frames)] if _n_running(state, stage="build") == 0 else []
+    if not state.models:
+        return []
+    tally = state.stages.get("sample")
+    n_finished = tally.finished if tally else 0
+    yield_per_task = max(1.0, (state.n_candidates - state.n_bootstrap) / n_finished if n_finished else 1.0)
+    n_wanted = min(settings.queue_target, settings.max_labels - state.n_labels - len(state.in_flight))
+    n_expected = len(state.queue) + yield_per_task * _n_running(state, stage="sample")
+    n_tasks = min(free, math.ceil((n_wanted - n_expected) / yield_per_task))
+    return [Sample(state.generation)] * n_tasks
+
+
+def _labeling(state: State, settings: CampaignSettings, free: int, *, ranking: bool) -> list[Action]:
+    """Bootstrap frames first, then what the newest model is least sure of. While a ranking is under way or due,
+    candidates it has not seen wait for it; while the newest model is far behind the labels, all of them wait."""
+    if state.stopping or free <= 0:
+        return []
+    ready = [c for c in state.queue if c.kind == "bootstrap" or c.generation == state.generation or not ranking]
+    ready.sort(key=lambda c: (c.kind != "bootstrap", -c.generation, -c.spread, c.frame))
+    budget = settings.max_labels - state.n_labels
+    if state.models:
+        budget = min(budget, settings.labels_ahead - _n_new(state))
+    budget -= len(state.in_flight)
+    ready = ready[: max(0, budget)]
+    size = min(settings.labels_per_task, math.ceil(len(ready) / free))
+    return [Label(batch) for batch in _batches(ready, size)[:free]]
+
+
+def _batches(candidates: Sequence[Candidate], size: int) -> list[tuple[Candidate, ...]]:
+    """Split in order. One that failed before goes alone, so that it cannot take others with it again."""
+    batches: list[list[Candidate]] = []
+    for candidate in candidates:
+        last = batches[-1] if batches else []
+        if not last or len(last) >= size or candidate.attempts or last[-1].attempts:
+            batches.append([candidate])
+        else:
+            last.append(candidate)
+    return [tuple(batch) for batch in batches]
+
+
+class Verdict(StrEnum):
+    """What becomes of a frame whose label failed."""
+
+    RETRY = "retry"
+    QUARANTINE = "quarantine"
+
+
+def verdict(kind: FailureClass, attempts: int, settings: CampaignSettings) -> Verdict:
+    """attempts: labels of the frame that have failed, this one included.
+
+    Another node may help against crashes, lost nodes and time limits. The labeler has already tried its whole ladder
+    when it reports memory or SCF: once more, then no more. A wrong geometry or result stays wrong.
+    """
+    allowed = {
+        FailureClass.GEOMETRY: 1,
+        FailureClass.BAD_LABEL: 1,
+        FailureClass.MEMORY: min(2, settings.attempts),
+        FailureClass.SCF: min(2, settings.attempts),
+    }.get(kind, settings.attempts)
+    return Verdict.RETRY if attempts < allowed else Verdict.QUARANTINE
+
+
+def derive_seed(seed: int, stage: str, counter: int) -> int:
+    """The seed of the counter-th task of a stage, in 0 .. 2^31 - 1."""
+    digest = hashlib.sha256(f"{seed}/{stage}/{counter}".encode()).digest()
+    return int.from_bytes(digest[:4], "big") >> 1
+
+
+def holdout_of(frames: Sequence[str], fraction: float, *, exact: bool) -> frozenset[str]:
+    """Which of these frames are held out, by a hash of their ids that shares nothing with the trainer's folds.
+
+    exact: the nearest whole number of them, so that a small bootstrap is sure to have some; otherwise each frame is
+    decided for itself, so that the answer does not depend on which frames come together.
+    """
+    place = {frame: _unit_hash(frame) for frame in frames}
+    if exact:
+        return frozenset(sorted(frames, key=place.__getitem__)[: round(fraction * len(frames))])
+    return frozenset(frame for frame in frames if place[frame] < fraction)
+
+
+def _unit_hash(frame: str) -> float:
+    digest = hashlib.sha256(f"holdout/{frame}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64

@@ -1,0 +1,123 @@
+"""Which stage function does a task call, with which arguments? Derived from what the ledger holds about it, so that a
+driver that takes up the task of a killed one makes the same call, with the same seed, to the same place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from campaign.config import CampaignConfig
+from campaign.harvest import manifest_path
+from campaign.site import Site
+from campaign.state import Model, Task
+
+__all__ = ["Call", "candidates_path", "model_folder", "progress_path", "scratch_folder", "stage_call"]
+
+
+@dataclass(frozen=True)
+class Call:
+    function: str  # "module:name"; by name, so that it is the worker's own version that runs
+    arguments: Mapping[str, Any]
+
+
+def scratch_folder(run_dir: Path, task: str) -> Path:
+    return run_dir / "scratch" / task
+
+
+def progress_path(run_dir: Path, task: str) -> Path:
+    """Where a sampling task tells how far it is."""
+    return scratch_folder(run_dir, task) / "progress.json"
+
+
+def candidates_path(run_dir: Path, task: str) -> Path:
+    return run_dir / "candidates" / f"{task}.h5"
+
+
+def model_folder(run_dir: Path, generation: int) -> Path:
+    return run_dir / "models" / f"gen-{generation:03d}"
+
+
+def stage_call(task: Task, config: CampaignConfig, site: Site, run_dir: Path, models: tuple[Model, ...]) -> Call:
+    name = "sampler" if task.stage in ("build", "sample", "rank") else "labeler" if task.stage == "label" else "trainer"
+    arguments = _ARGUMENTS[task.stage](task, config, site, run_dir, models)
+    return Call(f"{name}.stage:{task.stage}", arguments)
+
+
+def _build(task: Task, config: CampaignConfig, site: Site, run_dir: Path, models: tuple[Model, ...]) -> dict[str, Any]:
+    return {
+        "elements": config.campaign.elements,
+        "settings": config.builder,
+        "n_frames": task.inputs["n_frames"],
+        "seed": task.inputs["seed"],
+        "dest": candidates_path(run_dir, task.id),
+    }
+
+
+def _sample(task: Task, config: CampaignConfig, site: Site, run_dir: Path, models: tuple[Model, ...]) -> dict[str, Any]:
+    return {
+        "model": _model(task, run_dir, models),
+        "builder": config.builder,
+        "settings": config.sampler,
+        "n_walkers": config.sampler.walkers_per_task,
+        "seed": task.inputs["seed"],
+        "dest": candidates_path(run_dir, task.id),
+        "progress": progress_path(run_dir, task.id),
+    }
+
+
+def _rank(task: Task, config: CampaignConfig, site: Site, run_dir: Path, models: tuple[Model, ...]) -> dict[str, Any]:
+    return {
+        "model": _model(task, run_dir, models),
+        "frames": [run_dir / path for path in task.inputs["paths"]],
+        "settings": config.sampler,
+    }
+
+
+def _label(task: Task, config: CampaignConfig, site: Site, run_dir: Path, models: tuple[Model, ...]) -> dict[str, Any]:
+    return {
+        "frames": run_dir / task.inputs["path"],
+        "indices": task.inputs["indices"],
+        "settings": config.labeler,
+        "elements": config.campaign.elements,
+        "dest": run_dir / "labels",
+        "scratch": scratch_folder(run_dir, task.id),
+    }
+
+
+def _train(task: Task, config: CampaignConfig, site: Site, run_dir: Path, models: tuple[Model, ...]) -> dict[str, Any]:
+    generation = task.inputs["generation"]
+    warm = config.trainer.warm_start and generation > 1
+    return {
+        "manifest": manifest_path(run_dir, "train"),
+        "potential": config.potential,
+        "settings": config.trainer,
+        "elements": config.campaign.elements,
+        "dest": model_folder(run_dir, generation),
+        "seed": task.inputs["seed"],
+        "start": run_dir / models[generation - 2].path if warm else None,
+        "launcher": site.train.launcher,
+        "nice": site.train.nice,
+    }
+
+
+def _evaluate(
+    task: Task, config: CampaignConfig, site: Site, run_dir: Path, models: tuple[Model, ...]
+) -> dict[str, Any]:
+    return {"model": _model(task, run_dir, models), "manifests": [manifest_path(run_dir, "holdout")]}
+
+
+def _model(task: Task, run_dir: Path, models: tuple[Model, ...]) -> Path:
+    generation: int = task.inputs["generation"]
+    return run_dir / models[generation - 1].path
+
+
+_ARGUMENTS = {
+    "build": _build,
+    "sample": _sample,
+    "rank": _rank,
+    "label": _label,
+    "train": _train,
+    "evaluate": _evaluate,
+}

@@ -1,0 +1,223 @@
+"""What does a person see of a campaign: the page that `smelt status` prints, and the same page live during a run?"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from campaign.state import State
+from campaign.summary import summarise
+
+__all__ = ["LiveView", "page"]
+
+REFRESH_S = 0.5
+LINE_EVERY_S = 5.0  # least time between two lines where there is no terminal
+HEARTBEAT_S = 60.0  # longest time between them
+LIVE_GENERATIONS = 6  # so that the page fits a terminal
+STYLES = {"running": "cyan", "finished": "green", "failed": "bold red", "interrupted": "yellow", "stopped": "yellow"}
+
+
+class LiveView:
+    """Show a campaign while it runs: call it with the driver's states.
+
+    On a terminal a page that is redrawn in place and taken away at the end; elsewhere one line whenever something
+    has moved.
+    """
+
+    def __init__(self, run_dir: Path, console: Console) -> None:
+        self._run_dir = run_dir
+        self._console = console
+        self._live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
+        self._shown = -REFRESH_S
+        self._marks: tuple[int, ...] = ()
+
+    def __enter__(self) -> LiveView:
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live:
+            self._live.stop()
+
+    def __call__(self, state: State) -> None:
+        age = time.monotonic() - self._shown
+        if self._live and age >= REFRESH_S:
+            self._live.update(page(summarise(self._run_dir, state), newest=LIVE_GENERATIONS), refresh=True)
+            self._shown = time.monotonic()
+        elif not self._live and self._is_due(state, age):
+            self._console.print(_line(summarise(self._run_dir, state)), soft_wrap=True, highlight=False)
+            self._shown = time.monotonic()
+
+    def _is_due(self, state: State, age: float) -> bool:
+        """A new generation is told at once, labels and walkers at intervals, and now and then that it is alive."""
+        marks = (state.generation, len(state.quarantined), state.n_labels, state.walkers.run)
+        moved = self._marks != marks
+        at_once = self._marks[:2] != marks[:2]
+        if at_once or (moved and age >= LINE_EVERY_S) or age >= HEARTBEAT_S:
+            self._marks = marks
+            return True
+        return False
+
+
+def _line(summary: Mapping[str, Any]) -> str:
+    """The state of a campaign in one line."""
+    labels = summary["labels"]
+    parts = [
+        _clock(summary["elapsed_s"]),
+        f"generation {summary['generations']}",
+        f"labels: {labels['done']} done, {labels['queued']} queued, {labels['in_flight']} running,"
+        f" {labels['quarantined']} failed",
+        f"walkers: {summary['walkers']['ended']['run']} ended, {summary['walkers']['active']} active",
+    ]
+    if summary["training"]:
+        parts.append(_training_note(summary["training"]))
+    if summary["model"] and summary["model"]["holdout"]:
+        parts.append(f"error: {_errors_note(summary['model']['holdout'])}")
+    return " | ".join(parts)
+
+
+def page(summary: Mapping[str, Any], newest: int = 1000) -> RenderableType:
+    """The state of a campaign as a page: what there is now, its `newest` generations, time per stage."""
+    title = Text.assemble(
+        (summary["name"], "bold"),
+        "  ",
+        (summary["status"], STYLES[summary["status"]]),
+        f"  generation {summary['generations']}  {_clock(summary['elapsed_s'])}",
+    )
+    parts: list[RenderableType] = [title, _now(summary)]
+    if summary["learning_curve"]:
+        parts.append(_learning_curve(summary["learning_curve"][-newest:]))
+    if summary["stages"]:
+        parts.append(_stages(summary["stages"]))
+    if summary["reason"]:
+        parts.append(Text.assemble(("reason  ", "bold"), summary["reason"]))
+    return Group(*parts)
+
+
+def _now(summary: Mapping[str, Any]) -> Table:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, text in _facts(summary):
+        table.add_row(name, text)
+    return table
+
+
+def _facts(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    labels, walkers = summary["labels"], summary["walkers"]
+    level = "".join(f", by {row['engine']} {row['version']}" for row in labels["by_level"])
+    yield (
+        "labels",
+        (
+            f"{labels['done']} done ({labels['train']} to train on, {labels['holdout']} held out{level}),"
+            f" {labels['queued']} queued, {labels['in_flight']} running, {labels['quarantined']} set aside"
+        ),
+    )
+    if labels["failures"]:
+        yield "failures", _counts(labels["failures"])
+    if labels["dropped"]:
+        yield "dropped", _counts(labels["dropped"])
+    ended = walkers["ended"]
+    if ended["run"] or walkers["active"]:
+        yield (
+            "walkers",
+            (
+                f"{ended['run']} ended ({_endings(ended)}), {walkers['active']} active;"
+                f" {ended['steps'] + walkers['active_steps']:,} steps"
+            ),
+        )
+    if summary["training"]:
+        yield "training", _training_note(summary["training"])
+    if summary["model"]:
+        yield "model", _model_note(summary["model"])
+
+
+def _endings(ended: Mapping[str, Any]) -> str:
+    ways = {
+        **ended["triggers"],
+        "time out": ended["timeouts"],
+        "ran away": ended["exploded"],
+        "too close": ended["too_close"],
+    }
+    return _counts({way: n for way, n in ways.items() if n})
+
+
+def _model_note(model: Mapping[str, Any]) -> str:
+    ranks = model["training"].get("n_ranks")
+    trained = f"generation {model['generation']}, {model['n_labels']} labels" + (f", {ranks} ranks" if ranks else "")
+    return f"{trained}; held out: {_errors_note(model['holdout'])}" if model["holdout"] else trained
+
+
+def _training_note(training: Mapping[str, Any]) -> str:
+    note = f"generation {training['generation']}"
+    if "epoch" not in training:
+        return f"training {note} starts"
+    errors = training["validation"]
+    return (
+        f"training {note}, epoch {training['epoch']}: validation {errors['force_eV_per_A']:.3f} eV/A,"
+        f" {errors['energy_meV_per_atom']:.1f} meV/atom"
+    )
+
+
+def _errors_note(holdout: Mapping[str, Any]) -> str:
+    force, energy_meV = holdout["force_rmse_eV_per_A"], 1000 * holdout["energy_rmse_eV_per_atom"]
+    return f"force {force:.3f} eV/A, energy {energy_meV:.1f} meV/atom on {holdout['n_frames']} cells"
+
+
+def _learning_curve(models: Sequence[Mapping[str, Any]]) -> Table:
+    table = _table("errors on the held-out set, never trained on (forces in eV/A, energies in meV/atom)")
+    for name in ("generation", "labels", "held out", "force RMSE", "force MAE", "energy RMSE", "energy MAE"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for model in models:
+        holdout = model["holdout"]
+        table.add_row(
+            str(model["generation"]),
+            str(model["n_labels"]),
+            str(holdout.get("n_frames", "")),
+            _figure(holdout.get("force_rmse_eV_per_A"), 1),
+            _figure(holdout.get("force_mae_eV_per_A"), 1),
+            _figure(holdout.get("energy_rmse_eV_per_atom"), 1000),
+            _figure(holdout.get("energy_mae_eV_per_atom"), 1000),
+        )
+    return table
+
+
+def _stages(stages: Mapping[str, Mapping[str, Any]]) -> Table:
+    table = _table("stages")
+    table.add_column("stage")
+    for name in ("tasks", "running", "failed", "worker time"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("last failure", overflow="fold")
+    for name, row in stages.items():
+        numbers = (str(row["tasks"]), str(row["running"]), str(row["failed"]), _clock(row["seconds"]))
+        table.add_row(name, *numbers, row["last_failure"])
+    return table
+
+
+def _table(title: str) -> Table:
+    return Table(title=title, title_justify="left", title_style="dim", box=SIMPLE_HEAD, pad_edge=False)
+
+
+def _counts(table: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {n}" for name, n in table.items())
+
+
+def _figure(value: float | None, factor: float) -> str:
+    return "" if value is None else f"{factor * value:.3g}"
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"

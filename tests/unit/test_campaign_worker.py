@@ -1,0 +1,92 @@
+"""Does a worker hand back an outcome whatever the stage does, publish it first, and end with its driver?"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from campaign.lease import Holder
+from campaign.tasks import Call
+from campaign.worker import perform, read_outcome
+from shards.outcome import FailureClass, Outcome
+
+ROOT = Path(__file__).parents[2]
+STAGE = """
+from pathlib import Path
+from shards.outcome import Clock, Outcome
+
+def count(path, by):
+    n = int(path.read_text()) + by if path.exists() else by
+    path.write_text(str(n))
+    return Outcome("count", Clock().timing(), facts={"n": n})
+
+def fail(path):
+    raise RuntimeError("no luck\\nat all")
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "a_stage.py").write_text(STAGE)
+    monkeypatch.syspath_prepend(tmp_path)
+    return tmp_path
+
+
+def test_outcome_is_published_and_a_task_that_has_one_is_not_run_again(folder: Path) -> None:
+    call = Call("a_stage:count", {"path": folder / "n", "by": 2})
+    first = perform(call, folder / "scratch", Holder.this_process())
+    again = perform(call, folder / "scratch", Holder.this_process())
+    assert Outcome.from_dict(first).facts == {"n": 2}
+    assert Outcome.from_dict(again) == read_outcome(folder / "scratch") == Outcome.from_dict(first)
+    assert (folder / "n").read_text() == "2"
+
+
+def test_exception_of_a_stage_is_a_failure_with_its_traceback_in_a_log(folder: Path) -> None:
+    outcome = Outcome.from_dict(perform(Call("a_stage:fail", {"path": 1}), folder / "s", Holder.this_process()))
+    assert outcome.failure is not None
+    assert (outcome.failure.kind, outcome.failure.message) == (FailureClass.CRASH, "RuntimeError: no luck")
+    assert "at all" in Path(outcome.failure.log).read_text()
+
+
+def test_stage_that_is_not_there_is_a_failure(folder: Path) -> None:
+    outcome = Outcome.from_dict(perform(Call("no_stage:count", {}), folder / "s", Holder.this_process()))
+    assert outcome.failure is not None
+    assert "No module named 'no_stage'" in outcome.failure.message
+
+
+def test_worker_and_its_children_end_soon_after_their_driver(tmp_path: Path) -> None:
+    (tmp_path / "slow_stage.py").write_text(
+        "import subprocess, sys\n"
+        "def sleep(path):\n"
+        "    child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'], start_new_session=True)\n"
+        "    path.write_text(str(child.pid))\n"
+        "    child.wait()\n"
+    )
+    driver = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    holder = Holder(Holder.this_process().host, driver.pid, psutil.Process(driver.pid).create_time())
+    code = (
+        "import sys; from pathlib import Path; from campaign.lease import Holder\n"
+        "from campaign.tasks import Call; from campaign.worker import perform\n"
+        f"perform(Call('slow_stage:sleep', {{'path': Path({str(tmp_path / 'pid')!r})}}), Path('s'), {holder!r})"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path)])}
+    worker = subprocess.Popen([sys.executable, "-c", code], env=environment, cwd=tmp_path)
+    try:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        assert worker.poll() is None
+        driver.kill()
+        driver.wait()
+        assert worker.wait(30) == 1
+        assert not psutil.pid_exists(int((tmp_path / "pid").read_text()))
+    finally:
+        worker.kill()
+        driver.kill()
