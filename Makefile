@@ -1,0 +1,35 @@
+# make demo    set up, then learn aluminium from real DFT on this machine
+# make test    set up, then lint and every test
+# make setup   only set up: .venv with everything in it; nothing to do takes no time
+# make lint    ruff, mypy, import-linter
+# make clean   remove what set-up and builds made (the Horovod wheel stays in the user's cache)
+
+# The first of these that is new enough; `make PYTHON=/path/to/python` chooses another.
+PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
+BIN := .venv/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: demo test setup lint clean
+
+demo: setup
+	@$(BIN)/smelt run configs/aluminum-demo.toml
+
+test: lint
+	@$(BIN)/python -m pytest
+
+lint: setup
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+setup:
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+		{ echo "set-up: Python >= 3.11 is needed, found '$(PYTHON)'; name one: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@"$(PYTHON)" tools/install.py
+
+clean:
+	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+	find potential -name '*.so' -delete
