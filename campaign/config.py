@@ -45,8 +45,8 @@ class CampaignSettings(Settings):
     bootstrap_fraction: float = Field(default=0.9, gt=0, le=1)
     """The first model is trained once this share of the bootstrap labels is there: a few slow ones hold up nobody."""
     holdout_fraction: float = Field(default=0.1, ge=0, le=0.5)
-    """Share of all labels that no model is ever trained on, chosen by frame id. Every generation is measured on them;
-    0 measures nothing."""
+    """Share of the walkers' labels that no model is ever trained on, chosen by frame id. Every generation is measured
+    on them; 0 measures nothing."""
     labels_per_task: int = Field(default=4, ge=1)
     """Frames that one label task computes, one after the other. More saves start-up, fewer react faster."""
     retrain_after: int = Field(default=25, ge=1)

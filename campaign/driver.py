@@ -368,7 +368,8 @@ class Driver:
         new = [frame for frame in frames if not self._ledger.replay.is_known(frame)]
         if not new:
             return []
-        held_out = holdout_of(new, self._settings.holdout_fraction, exact=kind == "bootstrap")
+        # The first model needs every bootstrap label, and what counts is the error where walkers go.
+        held_out = holdout_of(new, self._settings.holdout_fraction) if kind == "walker" else ()
         rows = [[f, frames[f][0], frames[f][1].n_atoms, _spread(frames[f][1]), f in held_out] for f in new]
         relative = path.relative_to(self._run_dir).as_posix()
         return [("frames_queued", {"path": relative, "kind": kind, "generation": generation, "frames": rows})]

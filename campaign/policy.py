@@ -251,8 +251,7 @@ def _sampling(state: State, settings: CampaignSettings, free: int) -> list[Actio
     if state.stopping:
         return []
     if state.n_bootstrap == 0:
-        n_frames = math.ceil(settings.n_bootstrap / (1 - settings.holdout_fraction))
-        return [Build(n_frames)] if _n_running(state, stage="build") == 0 else []
+        return [Build(settings.n_bootstrap)] if _n_running(state, stage="build") == 0 else []
     if not state.models:
         return []
     tally = state.stages.get("sample")
@@ -320,16 +319,12 @@ def derive_seed(seed: int, stage: str, counter: int) -> int:
     return int.from_bytes(digest[:4], "big") >> 1
 
 
-def holdout_of(frames: Sequence[str], fraction: float, *, exact: bool) -> frozenset[str]:
+def holdout_of(frames: Sequence[str], fraction: float) -> frozenset[str]:
     """Which of these frames are held out, by a hash of their ids that shares nothing with the trainer's folds.
 
-    exact: the nearest whole number of them, so that a small bootstrap is sure to have some; otherwise each frame is
-    decided for itself, so that the answer does not depend on which frames come together.
+    Each frame is decided for itself, so that the answer does not depend on which frames come together.
     """
-    place = {frame: _unit_hash(frame) for frame in frames}
-    if exact:
-        return frozenset(sorted(frames, key=place.__getitem__)[: round(fraction * len(frames))])
-    return frozenset(frame for frame in frames if place[frame] < fraction)
+    return frozenset(frame for frame in frames if _unit_hash(frame) < fraction)
 
 
 def _unit_hash(frame: str) -> float:

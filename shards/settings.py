@@ -67,7 +67,8 @@ def _describe(kind: type[Settings], fault: ErrorDetails, where: str) -> str:
         return f"{path} = {fault['input']!r}: unknown key{hint} (known: {', '.join(known)})"
     if fault["type"] == "missing":
         return f"{path}: missing; it has no default"
-    return f"{path} = {fault['input']!r}: {fault['msg'][0].lower()}{fault['msg'][1:]}"
+    allowed = fault["msg"].removeprefix("Value error, ")
+    return f"{path} = {fault['input']!r}: {allowed[0].lower()}{allowed[1:]}"
 
 
 def _fields_at(kind: type[Settings], location: tuple[int | str, ...]) -> list[str]:

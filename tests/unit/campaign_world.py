@@ -138,7 +138,7 @@ class World:
 
     def queue(self, n: int, kind: str, generation: int) -> None:
         ids = [f"{next(self.frames):032x}" for _ in range(n)]
-        held_out = holdout_of(ids, self.settings.holdout_fraction, exact=kind == "bootstrap")
+        held_out = holdout_of(ids, self.settings.holdout_fraction) if kind == "walker" else ()
         rows = [[frame, i, 10, (i * 7 % 10) / 10, frame in held_out] for i, frame in enumerate(ids)]
         self.emit("frames_queued", path=f"{kind}-{ids[0]}.h5", kind=kind, generation=generation, frames=rows)
 
