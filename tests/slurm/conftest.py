@@ -16,6 +16,31 @@ SCRIPT = Path(__file__).parents[2] / "slurm" / "cluster.sh"
 DAEMONS = ("slurmctld", "slurmd", "srun", "munged")
 PATH = f"{os.environ['PATH']}{os.pathsep}/usr/sbin"
 
+# Short times, so that what is lost is noticed in seconds. The ranks' words are for Open MPI as root on loopback.
+SITE = """
+name = "test cluster"
+address = "127.0.0.1"
+
+[sample]
+slurm = { partition = "cpu", walltime_min = 20, poll_s = 2, silence_s = 10 }
+
+[label]
+slots = 2
+slurm = { partition = "cpu", walltime_min = 20, poll_s = 2, silence_s = 10 }
+
+[train]
+launcher = ["mpirun", "--allow-run-as-root", "-np", "{ranks}", "--host", "{hosts}", "--bind-to", "none",
+            "--mca", "btl_tcp_if_include", "lo"]
+
+[train.slurm]
+partition = "gpu"
+walltime_min = 20
+nodes_per_block = 2
+workers = "block"
+poll_s = 2
+silence_s = 10
+"""
+
 
 class Cluster:
     """A running cluster; its commands raise with what they said."""
@@ -65,3 +90,11 @@ def cluster(running_cluster: Cluster) -> Iterator[Cluster]:
     """The cluster with no job in it and all its nodes idle."""
     yield running_cluster
     running_cluster.script("reset")
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Path:
+    """A site file for the cluster: walkers and labels on nodes of their own, each training on two other ones."""
+    path = tmp_path / "slurm-test.toml"
+    path.write_text(SITE)
+    return path
