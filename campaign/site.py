@@ -135,7 +135,7 @@ def parse_site(table: dict[str, Any]) -> Site:
     if site.train.slurm and _spans_nodes(site.train.slurm) and site.train.launcher == DEFAULT_LAUNCHER:
         faults.append(
             "train.launcher: starts all ranks on one node, but train.slurm gives a training"
-            f' {site.train.slurm.nodes_per_block}; use ["mpirun", "-np", "{{ranks}}", "--host", "{{hosts}}"]'
+            f' {site.train.slurm.nodes_per_block}; use ["mpirun", "-np", "{{ranks}}", "--host", "{{hosts}}",'
             ' or ["srun", "--ntasks={ranks}", "--mpi=pmix"]'
         )
     if faults:
@@ -336,7 +336,7 @@ def _local_provider(pool: Pool, site: Site, run_dir: Path) -> Any:
 
 
 def _slurm_provider(name: str, slurm: Slurm, site: Site, run_dir: Path) -> Any:
-    from parsl.launchers import SimpleLauncher, SrunLauncher
+    from parsl.launchers import SrunLauncher
     from parsl.launchers.base import Launcher
     from parsl.providers import SlurmProvider
 
@@ -357,8 +357,12 @@ def _slurm_provider(name: str, slurm: Slurm, site: Site, run_dir: Path) -> Any:
             done: tuple[int, str, str] = super().execute_wait(clean, timeout)  # type: ignore[no-untyped-call]
             return done
 
+    class FirstNode(Launcher):
+        def __call__(self, command: str, tasks_per_node: int, nodes_per_block: int, script_dir: str = "") -> str:
+            return command
+
     options = ["--no-requeue", *slurm.scheduler_options]  # the driver replaces a lost block, with a new name
-    launcher: Launcher = SimpleLauncher()
+    launcher: Launcher = FirstNode()
     if slurm.workers == "node":
         # A block that loses a node goes on with the others. Tasks may start steps of their own beside the workers'.
         options.append("--no-kill")

@@ -15,7 +15,7 @@ from pathlib import Path
 __all__ = ["DEFAULT_LAUNCHER", "HEARTBEAT", "rank_environment", "run_ranks", "spread"]
 
 # One host, the environment's own mpirun. A site may use e.g. ("srun", "--ntasks={ranks}", "--mpi=pmix"), or
-# ("mpirun", "-np", "{ranks}", "--host", "{hosts}").
+# ("mpirun", "-np", "{ranks}", "--host", "{hosts}", "--oversubscribe").
 DEFAULT_LAUNCHER = ("mpirun", "-np", "{ranks}", "--bind-to", "none", "--oversubscribe", "--allow-run-as-root")
 # Names a file that the caller rewrites while it lives. Ranks stop when it is gone (they are asked to) or stays the same
 # (the caller was killed). A pipe would tell at once, but mpirun does not pass its end on.

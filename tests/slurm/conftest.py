@@ -29,8 +29,8 @@ slots = 2
 slurm = { partition = "cpu", walltime_min = 20, poll_s = 2, silence_s = 10 }
 
 [train]
-launcher = ["mpirun", "--allow-run-as-root", "-np", "{ranks}", "--host", "{hosts}", "--bind-to", "none",
-            "--mca", "btl_tcp_if_include", "lo"]
+launcher = ["mpirun", "--allow-run-as-root", "-np", "{ranks}", "--host", "{hosts}", "--oversubscribe",
+            "--bind-to", "none", "--mca", "btl_tcp_if_include", "lo"]
 
 [train.slurm]
 partition = "gpu"
