@@ -136,7 +136,7 @@ def parse_site(table: dict[str, Any]) -> Site:
         faults.append(
             "train.launcher: starts all ranks on one node, but train.slurm gives a training"
             f' {site.train.slurm.nodes_per_block}; use ["mpirun", "-np", "{{ranks}}", "--host", "{{hosts}}",'
-            ' or ["srun", "--ntasks={ranks}", "--mpi=pmix"]'
+            ' "--oversubscribe"] or ["srun", "--ntasks={ranks}", "--mpi=pmix"]'
         )
     if faults:
         raise SettingsError("\n".join(faults))
