@@ -210,6 +210,7 @@ class ParslPools:
         folder = str(Path(sys.executable).parent)
         if folder not in os.environ.get("PATH", "").split(os.pathsep):
             os.environ["PATH"] = os.pathsep.join([folder, os.environ.get("PATH", os.defpath)])
+        self._address = _address(self._site)
         if self._on_slurm:
             cancel_blocks(self._run_dir)
         self._log = _log_to_file(self._run_dir / "logs" / "parsl.log")
@@ -221,7 +222,7 @@ class ParslPools:
         import parsl
 
         if pool not in self._kernel.executors:
-            self._kernel.add_executors([_executor(pool, self._site, self._run_dir)])
+            self._kernel.add_executors([_executor(pool, self._site, self._run_dir, self._address)])
         # Wrapped here and not decorated: a decorated function travels by value, this one by name.
         key = (pool, function)
         if key not in self._apps:
@@ -296,7 +297,7 @@ def _parsl_config(run_dir: Path) -> Any:
     )
 
 
-def _executor(name: str, site: Site, run_dir: Path) -> Any:
+def _executor(name: str, site: Site, run_dir: Path, address: str) -> Any:
     from parsl.executors import HighThroughputExecutor
     from parsl.jobs.error_handlers import windowed_error_handler
 
@@ -307,7 +308,7 @@ def _executor(name: str, site: Site, run_dir: Path) -> Any:
     return HighThroughputExecutor(
         label=name,
         # Without one every interface is tried, and an outside service asked.
-        address=_address(site) if slurm else "127.0.0.1",
+        address=address if slurm else "127.0.0.1",
         loopback_address="127.0.0.1",
         encrypted=True,
         max_workers_per_node=pool.slots // slurm.places if slurm else pool.slots,

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from campaign.site import load_site, parse_site
+from campaign.site import ParslPools, load_site, parse_site
 from shards.settings import SettingsError
 
 SITES = Path(__file__).parents[2] / "configs" / "sites"
@@ -54,3 +54,13 @@ def test_all_contradictions_are_named_at_once() -> None:
     with pytest.raises(SettingsError) as error:
         parse_site(table)
     assert [line.partition(" = ")[0] for line in str(error.value).splitlines()] == ["sample.nice", "label.slots"]
+
+
+def test_interface_that_is_not_there_is_named_with_those_that_are(tmp_path: Path) -> None:
+    site = parse_site(on_slurm() | {"address": "interface:none0"})
+    with (
+        pytest.raises(SettingsError, match=r"address = 'interface:none0': .*interfaces here: .*\blo\b"),
+        ParslPools(site, tmp_path),
+    ):
+        pass
+    assert not list(tmp_path.iterdir())
