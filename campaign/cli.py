@@ -187,14 +187,19 @@ def train(
         Path, typer.Argument(metavar="DEST", help="The folder for model.safetensors, metrics and checkpoint.")
     ],
     seed: Seed = 0,
+    site: Annotated[Path | None, typer.Option(help="How ranks are started here: its train.launcher.")] = None,
 ) -> None:
     """Train a committee. One that was stopped in DEST goes on."""
     from campaign.config import load_campaign
+    from campaign.site import load_site
+    from trainer.stage import DEFAULT_LAUNCHER
     from trainer.stage import train as stage
 
     settings = load_campaign(config)
+    launcher = load_site(site).train.launcher if site else DEFAULT_LAUNCHER
     manifest = _as_manifest(data, dest)
-    _report(stage(manifest, settings.potential, settings.trainer, settings.campaign.elements, dest, seed=seed))
+    elements = settings.campaign.elements
+    _report(stage(manifest, settings.potential, settings.trainer, elements, dest, seed=seed, launcher=launcher))
 
 
 @app.command()

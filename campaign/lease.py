@@ -61,7 +61,20 @@ def holder_of(run_dir: Path) -> Holder | None:
         holder = Holder(**json.loads((run_dir / "lock").read_text()))
     except (OSError, ValueError, TypeError):
         return None
-    return holder if is_alive(holder) else None
+    here = holder.host == socket.gethostname()
+    return holder if (is_alive(holder) if here else _is_locked(run_dir / "lock")) else None
+
+
+def _is_locked(path: Path) -> bool:
+    """Does anybody hold the lock, here or on another host of the shared file system?"""
+    file = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(file)
+    return False
 
 
 class Lease:

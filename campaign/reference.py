@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from campaign.config import CampaignConfig
-from campaign.site import Site
+from campaign.site import Pool, Site, Slurm, TrainPool
 from shards.settings import Settings
 
 __all__ = ["CONFIGS", "reference_files"]
@@ -31,6 +31,11 @@ One machine without a batch system, such as a laptop: what a campaign uses when 
 A site file of your own needs only what differs from here. Every field is named, with its default.
 
 This file is made from the settings' own documentation: python -m campaign.reference"""
+SLURM_HEADER = """\
+A Slurm machine: every field of a pool that gets its nodes from Slurm, with its default. cpu.toml, nvidia.toml and
+amd.toml beside this file are examples to start from.
+
+This file is made from the settings' own documentation: python -m campaign.reference"""
 SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 
 
@@ -41,7 +46,15 @@ def reference_files() -> dict[Path, str]:
     return {
         Path("reference.toml"): _document(CONFIG_HEADER, config),
         Path("sites", "local.toml"): _document(SITE_HEADER, Site(name="this machine")),
+        Path("sites", "slurm.toml"): _document(SLURM_HEADER, _on_slurm()),
     }
+
+
+def _on_slurm() -> Site:
+    pool = Pool(slurm=Slurm())
+    return Site(
+        name="a Slurm machine", address="interface:ib0", sample=pool, label=pool, train=TrainPool(slurm=Slurm())
+    )
 
 
 def _document(header: str, settings: Settings) -> str:
@@ -53,6 +66,8 @@ def _tables(path: str, kind: type[Settings], value: Settings) -> Iterator[str]:
     inner = []
     for name, field in kind.model_fields.items():
         content = getattr(value, name)
+        if content is None:
+            continue
         if _is_table(content):
             inner.append((f"{path}.{name}".lstrip("."), field, content))
             continue

@@ -7,7 +7,8 @@ import json
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from types import NoneType
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
@@ -76,6 +77,9 @@ def _fields_at(kind: type[Settings], location: tuple[int | str, ...]) -> list[st
     for step in location:
         field = kind.model_fields.get(str(step))
         annotation = field.annotation if field else None
+        # A table that may be left out is typed Table | None.
+        if NoneType in get_args(annotation):
+            annotation = get_args(annotation)[0]
         if not (isinstance(annotation, type) and issubclass(annotation, Settings)):
             return []
         kind = annotation

@@ -54,6 +54,18 @@ def test_second_driver_is_told_who_is_at_work_and_a_dead_one_is_succeeded(tmp_pa
     assert holder_of(tmp_path) is None
 
 
+def test_driver_on_another_host_is_seen_by_its_lock(tmp_path: Path) -> None:
+    driver = hold(tmp_path)
+    elsewhere = replace(Holder(**json.loads((tmp_path / "lock").read_text())), host="elsewhere")
+    (tmp_path / "lock").write_text(json.dumps(asdict(elsewhere)))  # the same file, so that it stays locked
+    try:
+        assert holder_of(tmp_path) == elsewhere
+    finally:
+        driver.kill()
+        driver.wait()
+    assert holder_of(tmp_path) is None
+
+
 def test_reused_process_number_is_not_the_driver() -> None:
     this = Holder.this_process()
     assert is_alive(this)

@@ -1,0 +1,44 @@
+"""Do the launchers of the example sites bring ranks to all nodes of a job?"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from conftest import Cluster
+
+from campaign.site import load_site
+
+ROOT = Path(__file__).parents[2]
+SITES = ROOT / "configs" / "sites"
+CODE = """
+import os, pathlib
+from trainer.launch import run_ranks
+status = run_ranks(
+    ["-c", "import os; print(os.environ['SLURMD_NODENAME'])"], ranks=4, launcher={launcher!r}, nice=0,
+    log=pathlib.Path("ranks"), heartbeat=pathlib.Path("beat"), environment=os.environ, time_limit_s=60,
+)
+pathlib.Path("status").write_text(str(status))
+"""
+
+
+@pytest.mark.parametrize(
+    ("site", "as_here"),
+    [
+        ("cpu.toml", {"mpirun": ["mpirun", "--allow-run-as-root"]}),
+        ("nvidia.toml", {"--mpi=pmix": [], "--cpu-bind=cores": [], "--ntasks-per-node=16": ["--ntasks-per-node=2"]}),
+    ],
+)
+def test_ranks_come_to_every_node_of_a_block(
+    cluster: Cluster, tmp_path: Path, site: str, as_here: dict[str, list[str]]
+) -> None:
+    """as_here: words that need others where ranks run as root, without PMIx and binding, on nodes of two cores."""
+    launcher = [word for name in load_site(SITES / site).train.launcher for word in as_here.get(name, [name])]
+    (tmp_path / "launch.py").write_text(CODE.format(launcher=launcher))
+    options = ["--parsable", "-N2", "--ntasks-per-node=1", "--exclusive", "-D", str(tmp_path), "-o", "out"]
+    job = cluster.run("sbatch", *options, "--wrap", f"PYTHONPATH={ROOT} {sys.executable} launch.py")
+    cluster.wait(lambda: job not in cluster.jobs(), 60)
+    assert (tmp_path / "status").read_text() == "0", (tmp_path / "ranks").read_text()
+    assert Counter((tmp_path / "ranks").read_text().split()) == {"node3": 2, "node4": 2}

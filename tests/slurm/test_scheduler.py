@@ -1,0 +1,29 @@
+"""Are the jobs of a run directory found and ended, and no others?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from conftest import Cluster
+
+from campaign.scheduler import SchedulerError, blocks_of, cancel_blocks, job_prefix
+
+
+def submit(cluster: Cluster, name: str) -> str:
+    return cluster.run("sbatch", "--parsable", "-J", name, "-o", "/dev/null", "--wrap", "trap '' TERM; sleep 60")
+
+
+def test_blocks_of_a_run_directory_are_ended_and_no_others(cluster: Cluster, tmp_path: Path) -> None:
+    own = [submit(cluster, f"{job_prefix(tmp_path)}{pool}.1.5") for pool in ("label", "train")]
+    other = submit(cluster, f"{job_prefix(tmp_path / 'other')}label.1.5")
+    cluster.wait(lambda: cluster.state(own[1]) == "RUNNING")
+    assert sorted(blocks_of(tmp_path)) == sorted(own)
+    cancel_blocks(tmp_path)
+    assert set(cluster.jobs()) == {other}
+
+
+def test_scheduler_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(SchedulerError, match=r"squeue: .*: is this a host from which jobs can be submitted"):
+        blocks_of(tmp_path)
