@@ -68,7 +68,7 @@ def test_forces_and_stress_are_the_derivatives_of_the_stored_energy(tmp_path):
         frames += [moved, strained]
     # A mesh that changes with the cell makes a step in the energy, of which no derivative knows.
     spacing_per_A = settings_of().gpaw.kpoint_spacing_per_A
-    assert {kpoint_mesh(np.array(each.cell), spacing_per_A) for each in frames} == {(3, 4, 4)}
+    assert len({kpoint_mesh(np.array(each.cell), spacing_per_A) for each in frames}) == 1
     stored, right, wide, left, narrow = labels_of(tmp_path, [frame_of(each) for each in frames], settings_of())
     # 0.01 eV/A: what the demo's loose SCF leaves, see benchmarks/label_cost.py; the forces are of order 1.
     assert stored.forces[1, axis] == pytest.approx(-(right.energy - left.energy) / (2 * step_A), abs=0.01)
