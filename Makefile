@@ -10,13 +10,21 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test setup lint clean
+.PHONY: demo test setup lint slurm clean
 
 demo: setup
 	@$(BIN)/smelt run configs/aluminum-demo.toml
 
-test: lint
+test: lint slurm
 	@$(BIN)/python -m pytest
+
+# The daemons that tests/slurm starts on loopback. Without root those tests are skipped and say what is missing.
+slurm:
+	@test -x "$$(PATH=$$PATH:/usr/sbin command -v slurmctld)" || test "$$(id -u)" != 0 || ! command -v apt-get >/dev/null || \
+	{ mkdir -p build && echo "set-up: Slurm from this system's packages" && apt-get -qq update && \
+	DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends \
+	slurmctld slurmd slurm-client munge >build/slurm.log 2>&1; } || \
+	echo "set-up: no Slurm could be installed, see build/slurm.log; its tests are skipped"
 
 lint: setup
 	@$(BIN)/ruff check .
