@@ -337,8 +337,6 @@ def _local_provider(pool: Pool, site: Site, run_dir: Path) -> Any:
 
 
 def _slurm_provider(name: str, slurm: Slurm, site: Site, run_dir: Path) -> Any:
-    from parsl.launchers import SrunLauncher
-    from parsl.launchers.base import Launcher
     from parsl.providers import SlurmProvider
 
     class Blocks(SlurmProvider):
@@ -358,17 +356,9 @@ def _slurm_provider(name: str, slurm: Slurm, site: Site, run_dir: Path) -> Any:
             done: tuple[int, str, str] = super().execute_wait(clean, timeout)  # type: ignore[no-untyped-call]
             return done
 
-    class FirstNode(Launcher):
-        def __call__(self, command: str, tasks_per_node: int, nodes_per_block: int, script_dir: str = "") -> str:
-            return command
-
     options = ["--no-requeue", *slurm.scheduler_options]  # the driver replaces a lost block, with a new name
-    launcher: Launcher = FirstNode()
     if slurm.workers == "node":
-        # A block that loses a node goes on with the others. Tasks may start steps of their own beside the workers'.
-        options.append("--no-kill")
-        cores = f"--cpus-per-task={slurm.cores_per_node}" if slurm.cores_per_node else ""
-        launcher = SrunLauncher(overrides=f"--no-kill --kill-on-bad-exit=0 --overlap --cpu-bind=none {cores}")
+        options.append("--no-kill")  # a block that loses a node goes on with the others
     return Blocks(
         partition=slurm.partition or None,
         account=slurm.account or None,
@@ -387,8 +377,24 @@ def _slurm_provider(name: str, slurm: Slurm, site: Site, run_dir: Path) -> Any:
         scheduler_options="\n".join(f"#SBATCH {option}" for option in options),
         worker_init=_worker_init(site.pools[name], site, run_dir),
         cmd_timeout=COMMAND_S,
-        launcher=launcher,
+        launcher=_slurm_launcher(slurm),
     )
+
+
+def _slurm_launcher(slurm: Slurm) -> Any:
+    """What starts the workers of a block: on its first node only, or on every one."""
+    from parsl.launchers import SrunLauncher
+    from parsl.launchers.base import Launcher
+
+    class FirstNode(Launcher):
+        def __call__(self, command: str, tasks_per_node: int, nodes_per_block: int, script_dir: str = "") -> str:
+            return command
+
+    if slurm.workers == "block":
+        return FirstNode()
+    # Tasks may start steps of their own beside the workers'.
+    cores = f"--cpus-per-task={slurm.cores_per_node}" if slurm.cores_per_node else ""
+    return SrunLauncher(overrides=f"--no-kill --kill-on-bad-exit=0 --overlap --cpu-bind=none {cores}")
 
 
 def _address(site: Site) -> str:
