@@ -15,8 +15,9 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 demo: setup
 	@$(BIN)/smelt run configs/aluminum-demo.toml
 
+# Three at a time on two cores: tests/slurm, which begin early, mostly wait.
 test: lint slurm
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n 3 --dist loadgroup --no-loadscope-reorder
 
 # The daemons that tests/slurm starts on loopback. Without root those tests are skipped and say what is missing.
 slurm:
