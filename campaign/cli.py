@@ -122,6 +122,43 @@ def status(
 
 
 @app.command()
+def simulate(
+    config: Config,
+    nodes: Annotated[int, typer.Option(help="Nodes of the machine.", min=3)] = 450,
+    site: Annotated[
+        Path | None,
+        typer.Option(
+            help="Slots on a node, nodes of walkers and trainings; labels have the rest. See below if not given."
+        ),
+    ] = None,
+    source: Annotated[
+        Path | None, typer.Option("--from", metavar="RUN", help="A run directory whose tasks say what tasks cost.")
+    ] = None,
+    seed: Seed = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Everything, for programs.")] = False,
+) -> None:
+    """Say how busy a campaign would keep a machine, and what the rest would wait for.
+
+    The decisions are the real ones, time is simulated, nothing is computed. Beside it the same campaign with barriers:
+    sample, then label all, then train. Without --site: one label on a node, two nodes with four walker tasks each, a
+    training over two. Without --from: labels of ten minutes, 2 % of them up to time_limit_min; trainings of one minute
+    and 0.15 s per label; walker tasks of fifteen minutes, less as more walkers trigger.
+    """
+    from campaign.config import load_campaign
+    from campaign.costs import Costs, measure
+    from campaign.forecast import ASSUMED, compare, share_nodes
+    from campaign.site import load_site
+    from campaign.view import forecast_page
+
+    pools = share_nodes(nodes, load_site(site) if site else ASSUMED)
+    result = compare(load_campaign(config), pools, measure(source) if source else Costs(), seed)
+    if as_json:
+        print(json.dumps(result, indent=2))
+    else:
+        _console().print(forecast_page(result))
+
+
+@app.command()
 def build(
     config: Config,
     dest: Annotated[Path, typer.Argument(metavar="DEST", help="The shard of frames to write.")],

@@ -53,9 +53,11 @@ class CampaignSettings(Settings):
     """New training labels that make the next generation worth training."""
     labels_ahead: int = Field(default=100, ge=1)
     """Labeling pauses while the newest model lacks so many labels, made or under way: frames that an outdated model
-    asked for teach less. At least retrain_after; more, so that labeling goes on during a training."""
+    asked for teach less. At least retrain_after; more, so that labeling goes on during a training: what is under way at
+    a time and what is made during two trainings."""
     queue_target: int = Field(default=50, ge=1)
-    """Sampling pauses while so many candidates wait for their label. About what the labelers do during one training."""
+    """Sampling pauses while so many candidates wait for their label. About what the labelers do during one training or
+    one sampling task, and a third more, since newer models drop some."""
     max_labels: int = Field(default=1000, ge=1)
     """Stop: labels in all, held-out ones included. In-flight labels are counted so that this is met exactly."""
     max_generations: int = Field(default=20, ge=1)

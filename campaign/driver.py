@@ -14,11 +14,13 @@ import signal
 import subprocess
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
-from contextlib import contextmanager
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from types import FrameType, MappingProxyType
 from typing import Any
 
@@ -34,7 +36,6 @@ from campaign.harvest import label_path, merge, published_label, reconcile, reco
 from campaign.lease import Holder, Lease
 from campaign.ledger import Ledger
 from campaign.policy import (
-    POOL_OF,
     Action,
     Build,
     Evaluate,
@@ -50,9 +51,10 @@ from campaign.policy import (
     derive_seed,
     holdout_of,
     verdict,
+    waits,
 )
 from campaign.site import ParslPools, Pools, Site, failure_class
-from campaign.state import Candidate, State, Task
+from campaign.state import POOL_OF, Candidate, State, Task
 from campaign.tasks import candidates_path, scratch_folder, stage_call
 from campaign.worker import perform, read_outcome
 from shards.frame import Frame
@@ -63,11 +65,13 @@ from shards.writer import write_frames
 
 __all__ = ["run_campaign"]
 
-TICK_S = 0.5  # longest time between two looks at published labels
+TICK_S = 0.5  # longest time between two decisions
+LOOK_S = 5.0  # time between two looks at labels that tasks under way have published
 PACKAGES = ("smelt", "torch", "ase", "h5py", "parsl", "mpi4py", "horovod", "gpaw", "numpy")
 
 OnEvent = Callable[[State], None]
 Event = tuple[str, dict[str, Any]]
+NewTask = tuple[str, str, Mapping[str, Any]]  # its id, stage and inputs
 
 
 def run_campaign(
@@ -75,7 +79,7 @@ def run_campaign(
 ) -> State:
     """Start a campaign in `run_dir`, or go on with the one that is there, until it ends.
 
-    `on_event` is called with the state after every change and at least twice a second.
+    `on_event` is called with the state after every decision and at least twice a second.
 
     Returns the last state: `finished` is the reason, `failed` whether the campaign could not go on.
 
@@ -93,13 +97,13 @@ def run_campaign(
         if not _open_campaign(config, run_dir, ledger, level):
             return ledger.replay.state()
         reconcile(run_dir, ledger, level)
-        with _interruptible() as interrupted, _session(config, run_dir, ledger, holder):
+        with _interruptible() as interrupted, _session(config, site, ledger, holder):
             try:
                 with ParslPools(site, run_dir) as pools:
                     Driver(config, run_dir, site, ledger, level, pools, holder, on_event).run(interrupted)
             finally:
                 # What workers published while they were being stopped.
-                record_labels(run_dir, ledger, list(ledger.replay.in_flight), level)
+                record_labels(run_dir, ledger, ledger.replay.in_flight, level)
         return ledger.replay.state()
 
 
@@ -163,8 +167,10 @@ def _open_campaign(config: CampaignConfig, run_dir: Path, ledger: Ledger, level:
 
 
 @contextmanager
-def _session(config: CampaignConfig, run_dir: Path, ledger: Ledger, holder: Holder) -> Iterator[None]:
-    ledger.append("driver_started", host=holder.host, pid=holder.pid, config_digest=config_digest(config))
+def _session(config: CampaignConfig, site: Site, ledger: Ledger, holder: Holder) -> Iterator[None]:
+    pools = {name: pool.size for name, pool in site.pools.items()}
+    digest = config_digest(config)
+    ledger.append("driver_started", host=holder.host, pid=holder.pid, config_digest=digest, pools=pools)
     try:
         yield
     except BaseException as error:
@@ -216,7 +222,11 @@ class Driver:
         self._pools = pools
         self._holder = holder
         self._on_event = on_event
-        self._futures: dict[Future[dict[str, Any]], Task] = {}
+        self._numbers = Counter({stage: ledger.replay.n_tasks(stage) for stage in POOL_OF})
+        self._new: list[NewTask] = []
+        self._tasks: dict[Future[dict[str, Any]], Task] = {}
+        self._ended: SimpleQueue[Future[dict[str, Any]]] = SimpleQueue()
+        self._looked = 0.0
 
     def run(self, interrupted: threading.Event) -> None:
         """Raises KeyboardInterrupt once `interrupted` is set."""
@@ -224,30 +234,43 @@ class Driver:
         for folder in {*(self._run_dir / "scratch").iterdir()} - {scratch_folder(self._run_dir, t.id) for t in running}:
             if outcome := read_outcome(folder):
                 _tidy(folder, outcome)
-        for task in running:
-            self._start(task.id, task.stage, task.inputs)
+        self._start([(task.id, task.stage, task.inputs) for task in running])
         while not (state := self._ledger.replay.state()).finished:
             actions = decide(state, self._settings, self._pools.slots, time.time())
             for action in actions:
                 self._carry_out(action)
+            self._start(self._new)
+            self._new = []
+            self._note_waits()
             self._on_event(self._ledger.replay.state())
             if not any(isinstance(action, Stop | Finish | Fail) for action in actions):
                 self._wait()
             if interrupted.is_set():
                 raise KeyboardInterrupt
 
+    def _note_waits(self) -> None:
+        """Record what free slots wait for, when that has changed."""
+        state = self._ledger.replay.state()
+        reasons = waits(state, self._settings, self._pools.slots)
+        if changed := {pool: reason for pool, reason in reasons.items() if reason != state.pools[pool].waits_for}:
+            self._ledger.append("slots_idle", reasons=changed)
+
     def _wait(self) -> None:
-        """Until a task ends, or a tick has passed; record what has come."""
-        done: set[Future[dict[str, Any]]] = set()
-        if self._futures:
-            done, _ = wait(self._futures, timeout=TICK_S, return_when=FIRST_COMPLETED)
-        else:
-            time.sleep(TICK_S)
-        for future in done:
-            self._settle(self._futures.pop(future), future)
-        record_labels(self._run_dir, self._ledger, list(self._ledger.replay.in_flight), self._level)
+        """Until tasks end, or a tick has passed; record what has come."""
+        ended = [(self._tasks.pop(future), future) for future in self._next_ended()]
+        self._settle([(task, self._outcome(task, future)) for task, future in ended])
+        if time.monotonic() - self._looked > LOOK_S:
+            record_labels(self._run_dir, self._ledger, self._ledger.replay.in_flight, self._level)
+            self._looked = time.monotonic()
         if reason := self._pools.lost():
             self._ledger.append("campaign_finished", reason=reason, failed=True)
+
+    def _next_ended(self) -> Iterator[Future[dict[str, Any]]]:
+        """All that have ended by now; the first one to come, when there is none."""
+        with suppress(Empty):
+            yield self._ended.get(timeout=TICK_S)
+            while True:
+                yield self._ended.get_nowait()
 
     # What the policy asks for.
 
@@ -278,7 +301,7 @@ class Driver:
 
     def _submit(self, stage: str, inputs: dict[str, Any]) -> None:
         task, counter = self._next_task(stage)
-        self._start(task, stage, {**inputs, "seed": derive_seed(self._settings.seed, stage, counter)})
+        self._new.append((task, stage, {**inputs, "seed": derive_seed(self._settings.seed, stage, counter)}))
 
     def _submit_labels(self, candidates: Sequence[Candidate]) -> None:
         task, _ = self._next_task("label")
@@ -286,7 +309,7 @@ class Driver:
         if any(candidate.path != path for candidate in candidates):
             path, indices = self._gather(task, candidates), list(range(len(candidates)))
         frames = [candidate.frame for candidate in candidates]
-        self._start(task, "label", {"path": path, "indices": indices, "frames": frames})
+        self._new.append((task, "label", {"path": path, "indices": indices, "frames": frames}))
 
     def _gather(self, task: str, candidates: Sequence[Candidate]) -> str:
         """Put frames of several shards into one; returns its path."""
@@ -296,29 +319,40 @@ class Driver:
         return dest.relative_to(self._run_dir).as_posix()
 
     def _next_task(self, stage: str) -> tuple[str, int]:
-        counter = self._ledger.replay.n_tasks(stage) + 1
-        return f"{stage}-{counter:06d}", counter
+        self._numbers[stage] += 1
+        return f"{stage}-{self._numbers[stage]:06d}", self._numbers[stage]
 
-    def _start(self, task_id: str, stage: str, inputs: Mapping[str, Any]) -> None:
-        """Record a task and hand it to its pool; one that a former driver had submitted starts again under its name."""
-        self._ledger.append("task_submitted", task=task_id, stage=stage, inputs=dict(inputs))
-        task = self._ledger.replay.task(task_id)
-        call = stage_call(task, self._config, self._site, self._run_dir, self._ledger.replay.models)
-        scratch = scratch_folder(self._run_dir, task_id)
-        self._futures[self._pools.submit(POOL_OF[stage], perform, call, scratch, self._holder)] = task
+    def _start(self, tasks: Sequence[NewTask]) -> None:
+        """Record tasks in one write and hand them to their pools; those that a former driver had submitted start again
+        under their names."""
+        self._ledger.append_all(
+            [("task_submitted", {"task": id, "stage": stage, "inputs": dict(inputs)}) for id, stage, inputs in tasks]
+        )
+        for id, stage, _ in tasks:
+            task = self._ledger.replay.task(id)
+            call = stage_call(task, self._config, self._site, self._run_dir, self._ledger.replay.models)
+            scratch = scratch_folder(self._run_dir, id)
+            future = self._pools.submit(POOL_OF[stage], perform, call, scratch, self._holder)
+            self._tasks[future] = task
+            future.add_done_callback(self._ended.put)
 
     # What comes back.
 
-    def _settle(self, task: Task, future: Future[dict[str, Any]]) -> None:
-        """Record what a task brought and that it has ended, in one write: a crash leaves both or neither."""
-        outcome = self._outcome(task, future)
-        events: list[Event] = []
+    def _settle(self, ended: Sequence[tuple[Task, Outcome]]) -> None:
+        """Record what tasks brought and that they have ended, in one write: a crash leaves both or neither."""
+        receipts = {Path(receipt.path).stem: receipt for _, outcome in ended for receipt in outcome.receipts}
+        frames = [frame for task, _ in ended if task.stage == "label" for frame in self._held_by(task)]
+        record_labels(self._run_dir, self._ledger, frames, self._level, receipts)
+        events = [event for task, outcome in ended for event in self._events(task, outcome)]
+        self._ledger.append_all(events)
+        for task, outcome in ended:
+            _tidy(scratch_folder(self._run_dir, task.id), outcome)
+
+    def _events(self, task: Task, outcome: Outcome) -> list[Event]:
+        end = _end_event(task, outcome)
         if task.stage == "label":
-            events = self._label_events(task, outcome)
-        elif outcome.failure is None:
-            events = self._EVENTS_OF[task.stage](self, task, outcome)
-        self._ledger.append_all([*events, _end_event(task, outcome)])
-        _tidy(scratch_folder(self._run_dir, task.id), outcome)
+            return [*self._label_events(task, outcome), end]
+        return [end] if outcome.failure else [*self._EVENTS_OF[task.stage](self, task, outcome), end]
 
     def _outcome(self, task: Task, future: Future[dict[str, Any]]) -> Outcome:
         error = future.exception()
@@ -331,7 +365,6 @@ class Driver:
 
     def _label_events(self, task: Task, outcome: Outcome) -> list[Event]:
         """What becomes of every frame of a label task: its file, its own failure, or that of the whole task."""
-        record_labels(self._run_dir, self._ledger, self._held_by(task), self._level)
         failures = outcome.facts.get("failures", {})
         events: list[Event] = []
         for frame in self._held_by(task):

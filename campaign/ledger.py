@@ -13,9 +13,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from campaign.state import EVENTS, Replay, State
+from campaign.state import EVENTS, Replay, State, replay
 
-__all__ = ["Ledger", "LedgerError", "read_events", "read_state"]
+__all__ = ["Ledger", "LedgerError", "read_events", "read_run", "read_state"]
 
 LEDGER = "ledger.jsonl"
 
@@ -52,8 +52,8 @@ def _parse(path: Path, number: int, line: str) -> dict[str, Any]:
     return event
 
 
-def read_state(run_dir: Path) -> State:
-    """What the ledger of a run directory adds up to; for everyone but the driver.
+def read_run(run_dir: Path) -> Iterator[dict[str, Any]]:
+    """All events of a run directory.
 
     Raises:
         LedgerError: no ledger there, or one that cannot be read.
@@ -61,10 +61,16 @@ def read_state(run_dir: Path) -> State:
     path = run_dir / LEDGER
     if not path.is_file():
         raise LedgerError(f"{run_dir}: not a run directory: there is no {LEDGER} in it")
-    replay = Replay()
-    for event in read_events(path):
-        replay.apply(event)
-    return replay.state()
+    return read_events(path)
+
+
+def read_state(run_dir: Path) -> State:
+    """What the ledger of a run directory adds up to; for everyone but the driver.
+
+    Raises:
+        LedgerError: no ledger there, or one that cannot be read.
+    """
+    return replay(read_run(run_dir))
 
 
 class Ledger:

@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
+from campaign.accounting import Wait
 from campaign.config import CampaignSettings
-from campaign.state import Candidate, State
+from campaign.state import POOL_OF, Candidate, State
 from shards.outcome import FailureClass
 
 __all__ = [
-    "POOL_OF",
     "Action",
     "Build",
     "Evaluate",
@@ -29,6 +29,7 @@ __all__ = [
     "derive_seed",
     "holdout_of",
     "verdict",
+    "waits",
 ]
 
 
@@ -94,16 +95,6 @@ class Fail:
 
 Action = Build | Sample | Rank | Label | Train | Evaluate | Stop | Finish | Fail
 
-# Which pool of workers runs which stage. Ranking is short and follows a training, whose slot it finds free.
-POOL_OF: Mapping[str, str] = {
-    "build": "sample",
-    "sample": "sample",
-    "rank": "train",
-    "label": "label",
-    "train": "train",
-    "evaluate": "train",
-}
-
 
 def decide(state: State, settings: CampaignSettings, slots: Mapping[str, int], now: float) -> list[Action]:
     """Actions to take at once. slots: pool -> tasks that it runs at a time. now: seconds since the epoch."""
@@ -115,13 +106,13 @@ def decide(state: State, settings: CampaignSettings, slots: Mapping[str, int], n
         return [Stop(reason)]
     if state.stopping and _is_done(state, settings):
         return [Finish(state.stopping)]
-    free = {pool: slots[pool] - _n_running(state, pool=pool) for pool in slots}
-    rank = _rank(state)
-    training = _training(state, settings)
+    free = _free(state, slots)
+    rank = _rank(state, free["sample"])
     return [
-        *_sampling(state, settings, free["sample"]),
-        *_labeling(state, settings, free["label"], ranking=bool(rank) or _n_running(state, stage="rank") > 0),
-        *[*rank, *_evaluation(state), *training][: max(0, free["train"])],
+        *rank,
+        *_sampling(state, settings, free["sample"] - len(rank)),
+        *_labeling(state, settings, free["label"], ranking=bool(rank) or state.n_running["rank"] > 0),
+        *[*_evaluation(state), *_training(state, settings)][: max(0, free["train"])],
     ]
 
 
@@ -188,14 +179,18 @@ def _stop(state: State, settings: CampaignSettings, now: float) -> str:
 def _is_done(state: State, settings: CampaignSettings) -> bool:
     return (
         not state.in_flight
-        and _n_running(state, stage="train") == 0
+        and state.n_running["train"] == 0
         and (_n_new(state) == 0 or state.generation >= settings.max_generations)
         and all(model.n_holdout == state.n_holdout for model in state.models)
     )
 
 
-def _n_running(state: State, *, stage: str = "", pool: str = "") -> int:
-    return sum(task.stage == stage or POOL_OF[task.stage] == pool for task in state.running)
+def _free(state: State, slots: Mapping[str, int]) -> dict[str, int]:
+    """Pool -> slots in which no task is."""
+    return {
+        pool: n - sum(state.n_running[stage] for stage, home in POOL_OF.items() if home == pool)
+        for pool, n in slots.items()
+    }
 
 
 def _n_new(state: State) -> int:
@@ -209,7 +204,7 @@ def _bootstrap_is_settled(state: State) -> bool:
 
 
 def _is_worth_training(state: State, settings: CampaignSettings) -> bool:
-    if _n_running(state, stage="train"):
+    if state.n_running["train"]:
         return False
     if state.models:
         return _n_new(state) >= settings.retrain_after
@@ -218,7 +213,7 @@ def _is_worth_training(state: State, settings: CampaignSettings) -> bool:
 
 
 def _training(state: State, settings: CampaignSettings) -> list[Action]:
-    if state.generation >= settings.max_generations or _n_running(state, stage="train"):
+    if state.generation >= settings.max_generations or state.n_running["train"]:
         return []
     last = state.stopping and not state.in_flight and _n_new(state) > 0
     if last or (not state.stopping and _is_worth_training(state, settings)):
@@ -239,8 +234,8 @@ def _evaluation(state: State) -> list[Action]:
     ]
 
 
-def _rank(state: State) -> list[Action]:
-    if state.stopping or _n_running(state, stage="rank"):
+def _rank(state: State, free: int) -> list[Action]:
+    if state.stopping or state.n_running["rank"] or free <= 0:
         return []
     stale = [c for c in state.queue if c.kind == "walker" and c.generation < state.generation]
     paths = tuple(dict.fromkeys(candidate.path for candidate in stale))
@@ -251,32 +246,40 @@ def _sampling(state: State, settings: CampaignSettings, free: int) -> list[Actio
     if state.stopping:
         return []
     if state.n_bootstrap == 0:
-        return [Build(settings.n_bootstrap)] if _n_running(state, stage="build") == 0 else []
+        return [Build(settings.n_bootstrap)] if state.n_running["build"] == 0 else []
     if not state.models:
         return []
     tally = state.stages.get("sample")
     n_finished = tally.finished if tally else 0
     yield_per_task = max(1.0, (state.n_candidates - state.n_bootstrap) / n_finished if n_finished else 1.0)
-    n_wanted = min(settings.queue_target, settings.max_labels - state.n_labels - len(state.in_flight))
-    n_expected = len(state.queue) + yield_per_task * _n_running(state, stage="sample")
+    n_wanted = min(settings.queue_target, _n_left(state, settings))
+    n_expected = len(state.queue) + yield_per_task * state.n_running["sample"]
     n_tasks = min(free, math.ceil((n_wanted - n_expected) / yield_per_task))
     return [Sample(state.generation)] * n_tasks
 
 
 def _labeling(state: State, settings: CampaignSettings, free: int, *, ranking: bool) -> list[Action]:
-    """Bootstrap frames first, then what the newest model is least sure of. While a ranking is under way or due,
-    candidates it has not seen wait for it; while the newest model is far behind the labels, all of them wait."""
+    """Bootstrap frames first, then what the newest model is least sure of. While a ranking is under way, candidates it
+    has not seen wait for it; while the newest model is far behind the labels, all of them wait."""
     if state.stopping or free <= 0:
         return []
     ready = [c for c in state.queue if c.kind == "bootstrap" or c.generation == state.generation or not ranking]
     ready.sort(key=lambda c: (c.kind != "bootstrap", -c.generation, -c.spread, c.frame))
-    budget = settings.max_labels - state.n_labels
-    if state.models:
-        budget = min(budget, settings.labels_ahead - _n_new(state))
-    budget -= len(state.in_flight)
-    ready = ready[: max(0, budget)]
+    ready = ready[: max(0, min(_n_left(state, settings), _n_ahead(state, settings)))]
     size = min(settings.labels_per_task, math.ceil(len(ready) / free))
     return [Label(batch) for batch in _batches(ready, size)[:free]]
+
+
+def _n_left(state: State, settings: CampaignSettings) -> int:
+    """Labels that are still to be asked for in this campaign."""
+    return settings.max_labels - state.n_labels - len(state.in_flight)
+
+
+def _n_ahead(state: State, settings: CampaignSettings) -> int:
+    """Labels that may be asked for before the next model."""
+    if not state.models:
+        return settings.max_labels
+    return settings.labels_ahead - _n_new(state) - len(state.in_flight)
 
 
 def _batches(candidates: Sequence[Candidate], size: int) -> list[tuple[Candidate, ...]]:
@@ -311,6 +314,30 @@ def verdict(kind: FailureClass, attempts: int, settings: CampaignSettings) -> Ve
         FailureClass.SCF: min(2, settings.attempts),
     }.get(kind, settings.attempts)
     return Verdict.RETRY if attempts < allowed else Verdict.QUARANTINE
+
+
+def waits(state: State, settings: CampaignSettings, slots: Mapping[str, int]) -> dict[str, Wait]:
+    """What the slots wait for that are free once the actions of `decide` were taken, for pools that have some."""
+    reasons = {"sample": _sample_wait, "label": _label_wait, "train": _train_wait}
+    return {pool: reasons[pool](state, settings) for pool, n_free in _free(state, slots).items() if n_free > 0}
+
+
+def _sample_wait(state: State, settings: CampaignSettings) -> Wait:
+    if state.stopping or _n_left(state, settings) < settings.queue_target:
+        return Wait.END
+    return Wait.LABELS if state.models else Wait.MODEL
+
+
+def _label_wait(state: State, settings: CampaignSettings) -> Wait:
+    if state.stopping or _n_left(state, settings) <= 0:
+        return Wait.END
+    if _n_ahead(state, settings) <= 0 or (state.n_bootstrap and not state.models and not state.queue):
+        return Wait.MODEL
+    return Wait.RANKING if state.queue and state.n_running["rank"] else Wait.FRAMES
+
+
+def _train_wait(state: State, settings: CampaignSettings) -> Wait:
+    return Wait.END if state.stopping and not state.in_flight else Wait.LABELS
 
 
 def derive_seed(seed: int, stage: str, counter: int) -> int:

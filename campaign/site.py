@@ -91,6 +91,13 @@ class Pool(Settings):
     """Where the workers are: on nodes from Slurm; beside the driver without this table. `slots` are then spread evenly
     over all places that have workers."""
 
+    @property
+    def size(self) -> dict[str, int]:
+        """Slots, cores and nodes in all; no nodes where they are not its own."""
+        nodes = self.slurm.max_blocks * self.slurm.nodes_per_block if self.slurm else 0
+        cores = nodes * self.slurm.cores_per_node if self.slurm else 0
+        return {"slots": self.slots, "cores": cores or self.slots * self.cores, "nodes": nodes}
+
 
 class TrainPool(Pool):
     launcher: tuple[str, ...] = DEFAULT_LAUNCHER
@@ -109,11 +116,11 @@ class Site(Settings):
     """Where workers on other hosts reach the driver: its name, its address, or interface:NAME for the address that the
     driver's host has on this network interface, such as interface:ib0. To be given where a pool is on Slurm."""
     sample: Pool = Field(default_factory=Pool)
-    """Workers that build cells and run walkers."""
+    """Workers that build cells, run walkers and rank candidates."""
     label: Pool = Field(default_factory=lambda: Pool(slots=2))
     """Workers that run the quantum code."""
     train: TrainPool = Field(default_factory=TrainPool)
-    """Workers that train, rank candidates and evaluate models."""
+    """Workers that train and evaluate models."""
 
     @property
     def pools(self) -> dict[str, Pool]:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 
+from campaign.accounting import Delay, DelayMeter, PoolMeter, PoolUse
 from shards.outcome import FailureClass
 
 __all__ = [
     "EVENTS",
+    "POOL_OF",
     "Candidate",
     "Driver",
     "Model",
@@ -29,8 +32,9 @@ __all__ = [
 EVENTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "campaign_started": ("name", "config_digest", "seed", "level", "versions", "revision"),  # level: digest
-        "driver_started": ("host", "pid", "config_digest"),
+        "driver_started": ("host", "pid", "config_digest", "pools"),  # pools: {pool: {slots, cores, nodes}}
         "driver_stopped": ("reason",),
+        "slots_idle": ("reasons",),  # reasons: {pool: Wait}: what its free slots wait for from now on
         "task_submitted": ("task", "stage", "inputs"),  # again with the same task: a new driver took it up
         "task_finished": ("task", "timing", "facts"),
         "task_failed": ("task", "timing", "failure"),  # failure: kind, message, log
@@ -46,6 +50,11 @@ EVENTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "stop_reached": ("reason",),
         "campaign_finished": ("reason", "failed"),
     }
+)
+
+# Which pool of workers runs which stage. Ranking is the sampler's, on the device of the walkers.
+POOL_OF: Mapping[str, str] = MappingProxyType(
+    {"build": "sample", "sample": "sample", "rank": "sample", "label": "label", "train": "train", "evaluate": "train"}
 )
 
 RECENT = 1000  # verdicts on frames that are remembered for the detector of systematic failures
@@ -165,6 +174,8 @@ class State:
     stages: Mapping[str, StageTally] = field(default_factory=dict)
     walkers: Walkers = field(default_factory=Walkers)  # of all models
     walkers_newest: Walkers = field(default_factory=Walkers)  # of the newest model
+    pools: Mapping[str, PoolUse] = field(default_factory=dict)  # up to `time`
+    delay: Delay = field(default_factory=Delay)
 
     @property
     def n_labels(self) -> int:
@@ -174,6 +185,11 @@ class State:
     def generation(self) -> int:
         """Of the newest model; 0 before the first."""
         return len(self.models)
+
+    @cached_property
+    def n_running(self) -> Counter[str]:
+        """Tasks under way, by stage."""
+        return Counter(task.stage for task in self.running)
 
 
 def replay(events: Iterable[Mapping[str, Any]]) -> State:
@@ -210,6 +226,8 @@ class Replay:
         self._stages: dict[str, _Tally] = {}
         self._walkers = _WalkerTally()
         self._walkers_newest = _WalkerTally()
+        self._pools = {pool: PoolMeter() for pool in POOL_OF.values()}
+        self._delay = DelayMeter()
         self._handlers: dict[str, Callable[[Mapping[str, Any]], None]] = {
             name: getattr(self, f"_{name}") for name in EVENTS
         }
@@ -246,6 +264,8 @@ class Replay:
             stages=MappingProxyType({name: tally.frozen() for name, tally in self._stages.items()}),
             walkers=self._walkers.frozen(),
             walkers_newest=self._walkers_newest.frozen(),
+            pools=MappingProxyType({pool: meter.frozen(self.time) for pool, meter in self._pools.items()}),
+            delay=self._delay.frozen(),
         )
 
     # What the driver must ask about single frames, which a State would be too large to hold.
@@ -306,7 +326,9 @@ class Replay:
     def _driver_started(self, event: Mapping[str, Any]) -> None:
         driver = Driver(event["host"], event["pid"], event["time"])
         if self._state.driver:  # the last one was killed: it was at work up to its last event
-            self._active_before_s += self._previous - self._session_started
+            self._stop_work(self._previous)
+        for pool, meter in self._pools.items():
+            meter.start(event["time"], event.get("pools", {}).get(pool, {}))  # older ledgers do not say
         self._session_started = event["time"]
         # A stop is decided anew: its limits may have been moved since.
         self._state = replace(
@@ -323,36 +345,44 @@ class Replay:
         self._recent.clear()
 
     def _driver_stopped(self, event: Mapping[str, Any]) -> None:
-        self._active_before_s += event["time"] - self._session_started
+        self._stop_work(event["time"])
         self._state = replace(self._state, driver=None)
+
+    def _stop_work(self, time: float) -> None:
+        self._active_before_s += time - self._session_started
+        for meter in self._pools.values():
+            meter.stop(time)
+
+    def _slots_idle(self, event: Mapping[str, Any]) -> None:
+        for pool, reason in event["reasons"].items():
+            self._pools[pool].wait_for(event["time"], reason)
 
     def _task_submitted(self, event: Mapping[str, Any]) -> None:
         task = Task(event["task"], event["stage"], MappingProxyType(event["inputs"]), event["time"])
         if task.id not in self._running:
             self._tally(task.stage).tasks += 1
+            if task.stage == "train":
+                self._delay.train()
         self._running[task.id] = task
+        self._pools[POOL_OF[task.stage]].take(event["time"])
         if task.stage == "label":
             for frame in event["inputs"]["frames"]:
                 if frame in self._queue:
                     self._in_flight[frame] = self._queue.pop(frame)
 
     def _task_finished(self, event: Mapping[str, Any]) -> None:
-        task = self._running.pop(event["task"])
-        tally = self._tally(task.stage)
+        task, tally = self._end_task(event)
         tally.finished += 1
         tally.failed_in_a_row = 0
-        tally.add_timing(event["timing"])
         if task.stage == "sample":
             self._walkers.add(event["facts"])
             if task.inputs["generation"] == len(self._models):
                 self._walkers_newest.add(event["facts"])
 
     def _task_failed(self, event: Mapping[str, Any]) -> None:
-        task = self._running.pop(event["task"])
-        tally = self._tally(task.stage)
+        task, tally = self._end_task(event)
         tally.failed += 1
         tally.failed_in_a_row += 1
-        tally.add_timing(event["timing"])
         tally.last_failure = describe_failure(event["failure"])
         if event["failure"]["kind"] == FailureClass.MISSING:
             self._state = replace(self._state, blocked=tally.last_failure)
@@ -360,6 +390,13 @@ class Replay:
             for frame in task.inputs["frames"]:
                 if frame in self._in_flight:
                     self._queue[frame] = self._in_flight.pop(frame)
+
+    def _end_task(self, event: Mapping[str, Any]) -> tuple[Task, _Tally]:
+        task = self._running.pop(event["task"])
+        tally = self._tally(task.stage)
+        tally.add_timing(event["timing"])
+        self._pools[POOL_OF[task.stage]].give_back(event["time"], task.stage, task.submitted, event["timing"])
+        return task, tally
 
     def _frames_queued(self, event: Mapping[str, Any]) -> None:
         path, kind, generation = event["path"], event["kind"], event["generation"]
@@ -386,6 +423,8 @@ class Replay:
         self._queue.pop(frame, None)
         self._unmerged[frame] = event["receipt"]
         self._labels[self._known[frame]] += 1
+        if not self._known[frame]:
+            self._delay.label(event["time"])
         self._recent.append(True)
 
     def _label_failed(self, event: Mapping[str, Any]) -> None:
@@ -412,6 +451,7 @@ class Replay:
             Model(event["generation"], event["path"], event["digest"], event["n_labels"], event["time"], metrics)
         )
         self._walkers_newest = _WalkerTally()
+        self._delay.model(event["time"])
 
     def _model_evaluated(self, event: Mapping[str, Any]) -> None:
         position = event["generation"] - 1

@@ -11,6 +11,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from campaign.accounting import PoolUse
 from campaign.harvest import PARTS, manifest_path
 from campaign.lease import Holder, holder_of
 from campaign.state import Model, StageTally, State, Walkers
@@ -18,7 +19,7 @@ from campaign.tasks import model_folder, progress_path
 from shards.manifest import Manifest
 from shards.reader import ShardError, open_shard
 
-__all__ = ["plot_learning_curve", "summarise", "write_summary"]
+__all__ = ["plot_learning_curve", "pool_row", "summarise", "write_summary"]
 
 SUMMARY = "summary.json"
 PLOT = "learning-curve.png"
@@ -50,6 +51,8 @@ def summarise(run_dir: Path, state: State) -> dict[str, Any]:
         "training": _training(run_dir, state),
         "learning_curve": [_model(model) for model in state.models],
         "stages": _stages(state),
+        "pools": {name: pool_row(use) for name, use in state.pools.items()},
+        "per_label": _per_label(state),
     }
 
 
@@ -170,6 +173,41 @@ def _model(model: Model) -> dict[str, Any]:
 def _stages(state: State) -> dict[str, Any]:
     running = Counter(task.stage for task in state.running)
     return {name: {**_row(tally), "running": running[name]} for name, tally in state.stages.items()}
+
+
+def pool_row(use: PoolUse) -> dict[str, Any]:
+    """Where the time of a pool's slots went, in slot-seconds: by stage at work, by reason idle, and of tasks that have
+    not ended. In all also as core-seconds and node-seconds."""
+    return {
+        "slots": use.slots,
+        "cores": use.cores,
+        "nodes": use.nodes,
+        "slot_s": use.seconds,
+        "core_s": use.seconds * _share(use.cores, use.slots),
+        "node_s": use.seconds * _share(use.nodes, use.slots),
+        "busy_s": dict(use.busy),
+        "idle_s": dict(use.idle),
+        "under_way_s": use.under_way,
+        "waits_for": use.waits_for,
+    }
+
+
+def _per_label(state: State) -> dict[str, Any] | None:
+    """What labels cost on average, in core-seconds of labeling and of everything, idle time included; and how long, in
+    seconds, those that a model was trained on had waited for it."""
+    label = state.pools["label"]
+    if not state.n_labels:
+        return None
+    everything = sum(use.seconds * _share(use.cores, use.slots) for use in state.pools.values())
+    return {
+        "label_core_s": label.busy.get("label", 0.0) * _share(label.cores, label.slots) / state.n_labels,
+        "core_s": everything / state.n_labels,
+        "to_model_s": {"mean": _share(state.delay.seconds, state.delay.n_labels), "longest": state.delay.longest_s},
+    }
+
+
+def _share(part: float, whole: float) -> float:
+    return part / whole if whole else 0.0
 
 
 def _last_epoch(metrics: Path) -> dict[str, Any]:

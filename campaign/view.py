@@ -14,6 +14,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from campaign.accounting import Wait
 from campaign.state import State
 from campaign.summary import summarise
 
@@ -23,6 +24,16 @@ REFRESH_S = 0.5
 LINE_EVERY_S = 5.0  # least time between two lines where there is no terminal
 HEARTBEAT_S = 60.0  # longest time between them
 LIVE_GENERATIONS = 6  # so that the page fits a terminal
+WAITS = {
+    Wait.FRAMES: "waiting for frames to label",
+    Wait.LABELS: "waiting for labels",
+    Wait.MODEL: "waiting for a model",
+    Wait.RANKING: "waiting for a ranking",
+    Wait.END: "nothing left to do",
+    Wait.SCHEDULER: "waiting for the scheduler",
+    Wait.DRIVER: "waiting for the driver",
+    Wait.LOST: "lost with a node or a driver",
+}
 STYLES = {"running": "cyan", "finished": "green", "failed": "bold red", "interrupted": "yellow", "stopped": "yellow"}
 
 
@@ -101,6 +112,7 @@ def page(summary: Mapping[str, Any], newest: int = 1000) -> RenderableType:
         parts.append(_learning_curve(summary["learning_curve"][-newest:]))
     if summary["stages"]:
         parts.append(_stages(summary["stages"]))
+        parts.append(pools_table(summary["pools"]))
     if summary["reason"]:
         parts.append(Text.assemble(("reason  ", "bold"), summary["reason"]))
     return Group(*parts)
@@ -138,6 +150,8 @@ def _facts(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
                 f" {ended['steps'] + walkers['active_steps']:,} steps"
             ),
         )
+    if summary["per_label"]:
+        yield "per label", _cost_note(summary["per_label"])
     if summary["training"]:
         yield "training", _training_note(summary["training"])
     if summary["model"]:
@@ -158,6 +172,14 @@ def _model_note(model: Mapping[str, Any]) -> str:
     ranks = model["training"].get("n_ranks")
     trained = f"generation {model['generation']}, {model['n_labels']} labels" + (f", {ranks} ranks" if ranks else "")
     return f"{trained}; held out: {_errors_note(model['holdout'])}" if model["holdout"] else trained
+
+
+def _cost_note(cost: Mapping[str, Any]) -> str:
+    waits = cost["to_model_s"]
+    note = f"core time {_clock(cost['label_core_s'])} of labeling, {_clock(cost['core_s'])} of everything"
+    if not waits["longest"]:
+        return note
+    return f"{note}; first used by a model {_clock(waits['mean'])} later, at most {_clock(waits['longest'])}"
 
 
 def _training_note(training: Mapping[str, Any]) -> str:
@@ -204,6 +226,46 @@ def _stages(stages: Mapping[str, Mapping[str, Any]]) -> Table:
         numbers = (str(row["tasks"]), str(row["running"]), str(row["failed"]), _clock(row["seconds"]))
         table.add_row(name, *numbers, row["last_failure"])
     return table
+
+
+def pools_table(pools: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Where the time of every pool's slots went; rows of a summary."""
+    table = _table("time of all slots")
+    table.add_column("pool")
+    for name in ("slots", "nodes", "slot-hours", "worked", "under way"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("waited for", overflow="fold")
+    for name, row in pools.items():
+        total = row["slot_s"]
+        if total and row["slots"]:
+            worked = f"{sum(row['busy_s'].values()) / total:.1%}"
+            under_way = f"{row['under_way_s'] / total:.1%}"
+            idle = sorted(row["idle_s"].items(), key=lambda item: -item[1])
+            waited = ", ".join(f"{reason} {seconds / total:.1%}" for reason, seconds in idle if seconds > 5e-4 * total)
+            nodes = str(row["nodes"] or "")
+            table.add_row(name, str(row["slots"]), nodes, f"{total / 3600:.3g}", worked, under_way, waited)
+    return table
+
+
+def forecast_page(result: Mapping[str, Any]) -> RenderableType:
+    """What campaign.forecast.compare has found."""
+    runs = [result["asynchronous"], result["barriers"]]
+    spans = [run[span] for span in ("steady", "all") for run in runs]
+    table = _table("share of all node time, as configured and with barriers between stages")
+    for name in ("", "steady state", "with barriers", "start to end", "with barriers"):
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+    table.add_row("busy", *(f"{span['busy']:.2%}" for span in spans), style="bold")
+    for reason, words in WAITS.items():
+        table.add_row(words, *(f"{span['idle'][reason]:.2%}" for span in spans))
+    table.add_section()
+    table.add_row("duration", *(_clock(span["seconds"]) for span in spans))
+    for name, note in (("labels", str), ("generations", str), ("to_model_s", _clock)):
+        words = "from a label to its first model" if name == "to_model_s" else name
+        table.add_row(words, "", "", *(note(run[name]) for run in runs))
+    ends = [
+        Text(f"ends {how}: {run['reason']}") for how, run in zip(("as configured", "with barriers"), runs, strict=True)
+    ]
+    return Group(table, *ends, Text("\nsteady state, as configured"), pools_table(runs[0]["steady"]["pools"]))
 
 
 def _table(title: str) -> Table:

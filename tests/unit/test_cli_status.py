@@ -35,6 +35,11 @@ WALKERS = {
     "atom_steps": 80000,
     "triggers": {"force_mean": 6},
 }
+POOLS = {
+    "sample": {"slots": 1, "cores": 1, "nodes": 0},
+    "label": {"slots": 4, "cores": 32, "nodes": 2},
+    "train": {"slots": 1, "cores": 1, "nodes": 0},
+}
 HOLDOUT = {
     "n_frames": 2,
     "force_rmse_eV_per_A": 0.25,
@@ -55,7 +60,7 @@ def run_dir(tmp_path: Path) -> Path:
         ledger.append(
             "campaign_started", name="hand", config_digest="c", seed=7, level="l", versions={"torch": "2"}, revision="r"
         )
-        ledger.append("driver_started", host="elsewhere", pid=1, config_digest="c")
+        ledger.append("driver_started", host="elsewhere", pid=1, config_digest="c", pools=POOLS)
         rows = [[name, i, 2, 0.0, name == "b"] for i, name in enumerate("abcd")]
         ledger.append("frames_queued", path="candidates/x.h5", kind="bootstrap", generation=0, frames=rows)
         ledger.append("task_submitted", task="label-1", stage="label", inputs={"frames": list("abcd")})
@@ -99,6 +104,10 @@ def test_status_as_json_says_what_the_history_says(run_dir, capsys):
     assert [row["holdout"] for row in said["learning_curve"]] == [HOLDOUT]
     assert said["stages"]["sample"]["seconds"] == 30.0
     assert said["stages"]["train"]["running"] == 1
+    # Four label slots for the 11 s from the driver's start to the last event, one of them taken 2 s later.
+    label = said["pools"]["label"]
+    assert (label["slot_s"], label["core_s"], label["node_s"]) == (44, 4 * 11 * 8, 22)
+    assert (label["under_way_s"], label["idle_s"]) == (9, {"driver": 35})
 
 
 def test_page_shows_every_figure(run_dir):
@@ -113,6 +122,8 @@ def test_page_shows_every_figure(run_dir):
         "generation 1, 1 labels, 2 ranks; held out: force 0.250 eV/A, energy 12.0 meV/atom",
         "training generation 2 starts",
         "0:00:30",
+        "core time 0:00:00 of labeling, 0:03:07 of everything",
+        "20.5%   driver 79.5%",
     ):
         assert figure in text
 
