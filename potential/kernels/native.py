@@ -185,6 +185,7 @@ def _run(
         raise ValueError(f"row ends at {int(row[-1])}: there are {vec.shape[0]} pairs")
     _check("vec", vec, (species_other.shape[0], 3))
     vec, row, species_other = vec.contiguous(), row.long().contiguous(), species_other.long().contiguous()
+    n_items = 1 if argument is None else argument.shape[0]
     argument = out if argument is None else argument.to(vec.dtype).contiguous()
     failed = _library().smelt_aev(
         product,
@@ -192,7 +193,7 @@ def _run(
         _is_double(vec),
         torch.get_num_threads(),
         ctypes.byref(_shape(p)),
-        argument.shape[0],
+        n_items,
         row.shape[0] - 1,
         vec.shape[0],
         vec.data_ptr(),
