@@ -1,4 +1,5 @@
-"""Which implementation of AEVs, networks and pair sums runs? The fastest for these tensors; callers never know.
+"""Which implementation of neighbours, AEVs, networks and pair sums runs? The fastest for these tensors; callers never
+know.
 
 `reference` (plain PyTorch) defines the answer; `native` (C++) is used for tensors on the CPU when it was built. The
 environment variable SMELT_KERNELS=reference|native forces one of them, for tests.
@@ -16,17 +17,41 @@ import torch
 
 from potential.aev import AEVParameters
 from potential.kernels import reference
+from potential.structures import Structures
 
 __all__ = [
     "aev_forward",
     "aev_jvp",
     "aev_vjp",
+    "find_pairs",
     "implementation",
     "native_available",
     "networks",
     "pair_differences",
     "pair_sums",
+    "pair_vectors",
 ]
+
+
+def find_pairs(
+    structures: Structures, cutoff_A: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Centre (E,), other (E,), shift (E, 3), int32, and row (N + 1,) of all directed pairs closer than the cutoff.
+
+    Sorted by centre; pairs of atom i are row[i] .. row[i + 1]. shift: lattice vectors to add to `other`.
+
+    Raises:
+        ValueError: periodic axes of a cell that span no volume, or positions that are not finite.
+    """
+    pairs: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+    pairs = _kernels(structures.positions).find_pairs(structures, cutoff_A)
+    return pairs
+
+
+def pair_vectors(structures: Structures, row: torch.Tensor, other: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    """(E, 3), A: from the centre to its neighbour's image, in the dtype of the positions, of the pairs of a list."""
+    vectors: torch.Tensor = _kernels(structures.positions).pair_vectors(structures, row, other, shift)
+    return vectors
 
 
 def aev_forward(vec: torch.Tensor, row: torch.Tensor, species_other: torch.Tensor, p: AEVParameters) -> torch.Tensor:

@@ -17,12 +17,25 @@ from pathlib import Path
 import torch
 
 from potential.aev import AEVParameters
+from potential.kernels.bins import FLAT_CELL, NOT_FINITE
+from potential.structures import Structures
 
-__all__ = ["aev_forward", "aev_jvp", "aev_vjp", "available", "networks", "pair_differences", "pair_sums"]
+__all__ = [
+    "aev_forward",
+    "aev_jvp",
+    "aev_vjp",
+    "available",
+    "find_pairs",
+    "networks",
+    "pair_differences",
+    "pair_sums",
+    "pair_vectors",
+]
 
 LIBRARY = Path(__file__).with_name(f"_aev{sysconfig.get_config_var('EXT_SUFFIX')}")
 LEVELS = ("plain", "avx2", "avx512")
 FORWARD, VJP, JVP = range(3)
+NO_MEMORY, FLAT = 1, 2  # Status of neighbours.cpp
 
 
 class _Shape(ctypes.Structure):
@@ -58,6 +71,71 @@ def available() -> bool:
     except (OSError, AttributeError):  # not built, or built from older sources
         return False
     return True
+
+
+def find_pairs(
+    structures: Structures, cutoff_A: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Centre (E,), other (E,), shift (E, 3), int32, and row (N + 1,) of all directed pairs closer than the cutoff.
+
+    Raises ValueError for a cell that spans no volume, or positions that are not finite.
+    """
+    positions, cells = structures.positions.double().contiguous(), structures.cell.double().contiguous()
+    first, pbc = structures.first_atom, structures.pbc.contiguous()
+    n_atoms, n_threads = positions.shape[0], torch.get_num_threads()
+    row = first.new_empty(n_atoms + 1)
+    status, frame = ctypes.c_int(), ctypes.c_int64()
+    found = _library().smelt_find_neighbours(
+        n_threads,
+        structures.n_frames,
+        first.data_ptr(),
+        positions.data_ptr(),
+        cells.data_ptr(),
+        pbc.data_ptr(),
+        cutoff_A,
+        row.data_ptr(),
+        ctypes.byref(status),
+        ctypes.byref(frame),
+    )
+    if not found:
+        if status.value == NO_MEMORY:
+            raise MemoryError(f"no memory for the neighbours of {n_atoms} atoms within {cutoff_A:g} A")
+        raise ValueError((FLAT_CELL if status.value == FLAT else NOT_FINITE).format(frame.value))
+    try:
+        n_pairs = int(row[-1])
+        centre, other, shift = (
+            row.new_empty(n_pairs),
+            row.new_empty(n_pairs),
+            row.new_empty(n_pairs, 3, dtype=torch.int32),
+        )
+    except BaseException:
+        _library().smelt_take_neighbours(found, n_threads, None, None, None, None)
+        raise
+    _library().smelt_take_neighbours(
+        found, n_threads, row.data_ptr(), centre.data_ptr(), other.data_ptr(), shift.data_ptr()
+    )
+    return centre, other, shift, row
+
+
+def pair_vectors(structures: Structures, row: torch.Tensor, other: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    """(E, 3), A: from the centre to its neighbour's image. row: (N + 1,); other: (E,); shift: (E, 3), int32."""
+    positions, cell = structures.positions.contiguous(), structures.cell.to(structures.positions.dtype).contiguous()
+    frame_of_atom = structures.frame_of_atom.contiguous()
+    _check("shift", shift, (other.shape[0], 3))
+    out = positions.new_empty(other.shape[0], 3)
+    _library().smelt_pair_vectors(
+        _is_double(positions),
+        torch.get_num_threads(),
+        positions.shape[0],
+        row.data_ptr(),
+        other.data_ptr(),
+        shift.data_ptr(),
+        frame_of_atom.data_ptr(),
+        positions.data_ptr(),
+        cell.data_ptr(),
+        out.data_ptr(),
+    )
+    return out
 
 
 def aev_forward(vec: torch.Tensor, row: torch.Tensor, species_other: torch.Tensor, p: AEVParameters) -> torch.Tensor:
@@ -259,6 +337,10 @@ def _shape(p: AEVParameters) -> _Shape:
 def _library() -> ctypes.CDLL:
     library = ctypes.CDLL(str(LIBRARY))
     integer, long, pointer = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
+    library.smelt_find_neighbours.restype = pointer
+    library.smelt_find_neighbours.argtypes = [integer, long, *[pointer] * 4, ctypes.c_double, *[pointer] * 3]
+    library.smelt_take_neighbours.argtypes = [pointer, integer, *[pointer] * 4]
+    library.smelt_pair_vectors.argtypes = [integer, integer, long, *[pointer] * 7]
     library.smelt_pairs.argtypes = [*[integer] * 3, *[long] * 3, *[pointer] * 4]
     library.smelt_networks.argtypes = [*[integer] * 3, ctypes.POINTER(_Networks)]
     library.smelt_aev.argtypes = [*[integer] * 4, ctypes.POINTER(_Shape), *[long] * 3, *[pointer] * 5]

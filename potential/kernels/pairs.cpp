@@ -1,4 +1,4 @@
-// How do quantities of pairs become quantities of atoms (forces), and back (the derivative of a loss by pair forces)?
+// What are the vectors of the pairs of a list; how do quantities of pairs become quantities of atoms (forces), and back?
 //
 // One plain pass over the list: PyTorch's index_add takes as long as the AEV for the same sums. What a thread writes no
 // other thread writes, and always in the order of the list, so the answer does not depend on the number of threads.
@@ -55,6 +55,36 @@ template <class T> void differences(const Pairs& p, const T* atom, T* pair, int 
     });
 }
 
+constexpr int64_t ATOMS_PER_TURN = 256;
+
+// From each centre to the image of its neighbour, in double until it is stored: the shift may be far larger.
+template <class T> void vectors(const int64_t* row, const int64_t* other, const int32_t* shift, const int64_t* frame,
+                                const T* positions, const T* cells, T* out, int64_t low, int64_t high) {
+    for (int64_t i = low; i < high; ++i) {
+        const T *own = positions + 3 * i, *cell = cells + 9 * frame[i];
+        for (int64_t e = row[i]; e < row[i + 1]; ++e) {
+            const T* there = positions + 3 * other[e];
+            const int32_t* turn = shift + 3 * e;
+            for (int k = 0; k < 3; ++k) {
+                const double move = turn[0] * double(cell[k]) + turn[1] * double(cell[3 + k]) +
+                                    turn[2] * double(cell[6 + k]);
+                out[3 * e + k] = T(double(there[k]) - double(own[k]) + move);
+            }
+        }
+    }
+}
+
+template <class T> void all_vectors(int n_threads, int64_t n_atoms, const int64_t* row, const int64_t* other,
+                                    const int32_t* shift, const int64_t* frame, const void* positions,
+                                    const void* cells, void* out) {
+    share_out((n_atoms + ATOMS_PER_TURN - 1) / ATOMS_PER_TURN, n_threads, [&](auto next) {
+        for (int64_t turn; (turn = next()) >= 0;) {
+            vectors(row, other, shift, frame, static_cast<const T*>(positions), static_cast<const T*>(cells),
+                    static_cast<T*>(out), turn * ATOMS_PER_TURN, std::min((turn + 1) * ATOMS_PER_TURN, n_atoms));
+        }
+    });
+}
+
 template <class T> void run(bool summing, const Pairs& p, const void* in, void* out, int n_threads) {
     const T* from = static_cast<const T*>(in);
     T* to = static_cast<T*>(out);
@@ -73,4 +103,13 @@ int smelt_pairs(int summing, int is_double, int n_threads, int64_t n_items, int6
     return 0;
 } catch (const std::bad_alloc&) {
     return 1;
+}
+
+// Vectors (n_edges, 3) from each centre to the image of its neighbour, for positions (n_atoms, 3) and cells (n, 3, 3).
+extern "C" __attribute__((visibility("default")))
+void smelt_pair_vectors(int is_double, int n_threads, int64_t n_atoms, const int64_t* row, const int64_t* other,
+                        const int32_t* shift, const int64_t* frame_of_atom, const void* positions, const void* cells,
+                        void* out) {
+    (is_double ? all_vectors<double> : all_vectors<float>)(n_threads, n_atoms, row, other, shift, frame_of_atom,
+                                                           positions, cells, out);
 }
