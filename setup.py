@@ -21,7 +21,7 @@ FLAGS = [
     "-fvisibility=hidden",
 ]
 COMMON = ("entry.cpp", "neighbours.cpp", "pairs.cpp")
-ARITHMETIC = ("aev.cpp", "networks.cpp")
+ARITHMETIC = ("aev.cpp", "motion.cpp", "networks.cpp")
 INSTRUCTION_SETS: dict[str, list[str]] = {"smelt_plain": []}
 if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS["smelt_avx2"] = ["-mavx2", "-mfma"]
@@ -50,7 +50,7 @@ setup(
         Extension(
             "potential.kernels._aev",
             sources=[f"{KERNELS}/{name}" for name in COMMON + ARITHMETIC],
-            depends=[f"{KERNELS}/{name}" for name in ("aev.h", "networks.h", "simd.h", "threads.h")],
+            depends=[f"{KERNELS}/{name}" for name in ("aev.h", "motion.h", "networks.h", "simd.h", "threads.h")],
             language="c++",
             optional=True,
         )

@@ -9,7 +9,14 @@ import torch
 from potential import kernels
 from potential.structures import Structures, complete_cells
 
-__all__ = ["Neighbours", "SkinList", "find_neighbours", "pair_vectors", "pairs_of_frames"]
+__all__ = [
+    "Neighbours",
+    "SkinList",
+    "find_neighbours",
+    "pair_vectors",
+    "pairs_of_frames",
+    "shortest_distances",
+]
 
 
 @dataclass(frozen=True)
@@ -35,9 +42,15 @@ def find_neighbours(structures: Structures, cutoff_A: float) -> Neighbours:
     return Neighbours(*kernels.find_pairs(structures, cutoff_A))
 
 
-def pair_vectors(structures: Structures, neighbours: Neighbours) -> torch.Tensor:
-    """(E, 3), A: from the centre to its neighbour's image, in the dtype of the positions."""
-    return kernels.pair_vectors(structures, neighbours.row, neighbours.other, neighbours.shift)
+def pair_vectors(structures: Structures, neighbours: Neighbours, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """(E, 3), A: from the centre to its neighbour's image, in `dtype`, by default that of the positions."""
+    dtype = dtype or structures.positions.dtype
+    return kernels.pair_vectors(structures, neighbours.row, neighbours.other, neighbours.shift, dtype)
+
+
+def shortest_distances(structures: Structures, neighbours: Neighbours) -> torch.Tensor:
+    """(B,), A, float64: shortest listed distance in each frame, infinite where there is none."""
+    return kernels.shortest_distances(structures, neighbours.row, neighbours.other, neighbours.shift)
 
 
 def pairs_of_frames(structures: Structures, neighbours: Neighbours) -> list[int]:
@@ -66,7 +79,7 @@ class SkinList:
         if self._built is None or not self._holds(structures):
             found = find_neighbours(structures, self.cutoff_A + self.skin_A)
             # Callers move atoms in place: the positions the list was built for must be a copy.
-            built = replace(structures, positions=structures.positions.clone(), cell=structures.cell.clone())
+            built = replace(structures, positions=structures.positions.double().clone(), cell=structures.cell.clone())
             self._built = built, torch.linalg.inv(complete_cells(built)), found
             self.n_builds += 1
         return self._built[2]
@@ -76,13 +89,9 @@ class SkinList:
         built, inverse, _ = self._built
         if not (torch.equal(built.n_atoms, structures.n_atoms) and torch.equal(built.pbc, structures.pbc)):
             return False
-        frame = structures.frame_of_atom
-        if torch.equal(built.cell, structures.cell):
-            moved = structures.positions - built.positions
-            slack = torch.full_like(structures.cell[:, 0, 0], self.skin_A)
-        else:
+        strain = None
+        slack = inverse.new_full((structures.n_frames,), self.skin_A)
+        if not torch.equal(built.cell, structures.cell):
             strain = inverse @ complete_cells(structures)
-            carried = torch.einsum("ni,nij->nj", built.positions.double(), strain[frame])
-            moved = structures.positions.double() - carried
             slack = (self.cutoff_A + self.skin_A) * torch.linalg.matrix_norm(strain, -2) - self.cutoff_A
-        return bool((2 * moved.norm(dim=1) <= slack.index_select(0, frame)).all())
+        return not kernels.have_moved(structures, built.positions, strain, slack).any()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -57,7 +58,7 @@ class Structures:
     def n_frames(self) -> int:
         return len(self.n_atoms)
 
-    @property
+    @functools.cached_property
     def first_atom(self) -> torch.Tensor:
         """(B + 1,): atoms of frame b are first_atom[b] .. first_atom[b + 1]."""
         return torch.nn.functional.pad(self.n_atoms.cumsum(0), (1, 0))
