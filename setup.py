@@ -20,6 +20,8 @@ FLAGS = [
     "-ffp-contract=fast",
     "-fvisibility=hidden",
 ]
+COMMON = ("entry.cpp", "neighbours.cpp", "pairs.cpp")
+ARITHMETIC = ("aev.cpp", "motion.cpp", "networks.cpp")
 INSTRUCTION_SETS: dict[str, list[str]] = {"smelt_plain": []}
 if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS["smelt_avx2"] = ["-mavx2", "-mfma"]
@@ -30,9 +32,9 @@ class BuildKernels(build_ext):
     """Compile one source with several sets of flags, which an Extension cannot say."""
 
     def build_extension(self, ext: Extension) -> None:
-        objects = [*self._compile("entry.cpp", "entry", FLAGS), *self._compile("pairs.cpp", "entry", FLAGS)]
+        objects = [name for source in COMMON for name in self._compile(source, "entry", FLAGS)]
         for name, flags in INSTRUCTION_SETS.items():
-            for source in ("aev.cpp", "networks.cpp"):
+            for source in ARITHMETIC:
                 objects += self._compile(source, name, [*FLAGS, *flags, f"-DSMELT_SIMD={name}"])
         target = Path(self.get_ext_fullpath(ext.name))
         self.compiler.link_shared_object(objects, str(target), extra_postargs=["-pthread"], target_lang="c++")
@@ -47,8 +49,8 @@ setup(
     ext_modules=[
         Extension(
             "potential.kernels._aev",
-            sources=[f"{KERNELS}/{name}" for name in ("entry.cpp", "pairs.cpp", "aev.cpp", "networks.cpp")],
-            depends=[f"{KERNELS}/{name}" for name in ("aev.h", "networks.h", "simd.h", "threads.h")],
+            sources=[f"{KERNELS}/{name}" for name in COMMON + ARITHMETIC],
+            depends=[f"{KERNELS}/{name}" for name in ("aev.h", "motion.h", "networks.h", "simd.h", "threads.h")],
             language="c++",
             optional=True,
         )

@@ -50,7 +50,7 @@ class Evaluation:
 
     def energy_spread(self) -> torch.Tensor:
         """(B,), eV: population standard deviation over members of the total energy / sqrt(n_atoms)."""
-        return self.energy_members.std(0, correction=0) / self.n_atoms.sqrt()
+        return _deviation(self.energy_members) / self.n_atoms.sqrt()
 
     def force_spread(self) -> torch.Tensor:
         """(N, 3), eV/A: population standard deviation over members of each component.
@@ -59,7 +59,7 @@ class Evaluation:
         """
         if self.forces_members is None:
             raise ValueError('force_spread: evaluate with forces="members"')
-        return self.forces_members.std(0, correction=0)
+        return _deviation(self.forces_members)
 
 
 class _Network(torch.nn.Module):
@@ -177,7 +177,7 @@ class Committee(torch.nn.Module):
         """
         if neighbours is None:
             neighbours = find_neighbours(structures, self.cutoff_A)
-        vec = pair_vectors(structures, neighbours).to(self.dtype)
+        vec = pair_vectors(structures, neighbours, self.dtype)
         species_other = structures.species.index_select(0, neighbours.other)
         aev = aev_forward(vec, neighbours.row, species_other, self.aev)
         # Without the members' forces one gradient will do, that of the mean energy.
@@ -233,6 +233,11 @@ class Committee(torch.nn.Module):
 
     def _stacks(self) -> list[_Network]:
         return [network for network in self.networks if isinstance(network, _Network)]
+
+
+def _deviation(members: torch.Tensor) -> torch.Tensor:
+    """Population standard deviation over the first axis; several times faster than torch.std there."""
+    return (members - members.mean(0)).square_().mean(0).sqrt_()
 
 
 def _virials(pair: torch.Tensor, vec: torch.Tensor, structures: Structures, neighbours: Neighbours) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -11,7 +12,7 @@ from ase.data import atomic_numbers
 
 from shards.frame import Frame
 
-__all__ = ["Structures", "UnknownElementError"]
+__all__ = ["Structures", "UnknownElementError", "complete_cells"]
 
 
 class UnknownElementError(ValueError):
@@ -57,6 +58,11 @@ class Structures:
     def n_frames(self) -> int:
         return len(self.n_atoms)
 
+    @functools.cached_property
+    def first_atom(self) -> torch.Tensor:
+        """(B + 1,): atoms of frame b are first_atom[b] .. first_atom[b + 1]."""
+        return torch.nn.functional.pad(self.n_atoms.cumsum(0), (1, 0))
+
     @property
     def volume(self) -> torch.Tensor:
         """(B,), A^3; zero where the cell does not span space."""
@@ -73,6 +79,22 @@ class Structures:
             frame_of_atom=self.frame_of_atom.to(device=device),
             n_atoms=self.n_atoms.to(device=device),
         )
+
+
+def complete_cells(structures: Structures) -> torch.Tensor:
+    """(B, 3, 3), A, float64: the cells, with orthonormal vectors along axes that are not periodic."""
+    cells = structures.cell.double()
+    free = ~structures.pbc
+    if not free.any():
+        return cells
+    # With lattice rows L (zero where free), the complement of their span is spanned by the last singular vectors.
+    lattice = cells * structures.pbc[:, :, None]
+    _, _, basis = torch.linalg.svd(lattice)
+    n_periodic = structures.pbc.sum(1, keepdim=True)
+    # k-th free axis takes basis vector n_periodic + k, the first ones spanning the lattice.
+    rank = torch.where(free, n_periodic + free.long().cumsum(1) - 1, 0)
+    unit = torch.gather(basis, 1, rank[:, :, None].expand(-1, -1, 3))
+    return torch.where(free[:, :, None], unit, cells)
 
 
 def _species(numbers: np.ndarray[tuple[int], np.dtype[np.int64]], elements: Sequence[str]) -> np.ndarray:

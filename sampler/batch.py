@@ -17,7 +17,7 @@ from torch import Tensor
 from potential.structures import Structures
 from sampler.config import SamplerSettings
 from sampler.schedules import Schedule
-from sampler.streams import Purpose, open_stream
+from sampler.streams import Purpose, derive_key
 from sampler.triggers import Reading, Spread
 from shards.frame import Frame
 
@@ -36,12 +36,11 @@ class Snapshot:
 
 @dataclass
 class Walker:
-    """One run: where it starts, its schedule, its random numbers, and what its checks found so far."""
+    """One run: where it starts, its schedule, and what its checks found so far."""
 
     seed: int
     start: Frame
     schedule: Schedule
-    noise: np.random.Generator = field(init=False)
     n_steps: int = 0
     density_factor: float = 1.0
     blown: bool = False  # stopped between checks by the force guard; waits for the next check
@@ -52,9 +51,6 @@ class Walker:
 
     def time_fs(self, settings: SamplerSettings) -> float:
         return self.n_steps * settings.timestep_fs
-
-    def __post_init__(self) -> None:
-        self.noise = open_stream(self.seed, Purpose.DYNAMICS)
 
 
 @dataclass
@@ -76,24 +72,28 @@ class Batch:
     cell: Tensor
 
     def __post_init__(self) -> None:
+        device = self.cell.device
         counts = [walker.start.n_atoms for walker in self.walkers]
         stops = np.cumsum(counts, dtype=np.int64)
         self.rows = [slice(int(stop - count), int(stop)) for stop, count in zip(stops, counts, strict=True)]
-        self.n_atoms = torch.tensor(counts, dtype=torch.int64, device=self.cell.device)
-        self.frame_of_atom = torch.repeat_interleave(torch.arange(len(counts), device=self.cell.device), self.n_atoms)
+        n_atoms = torch.tensor(counts, dtype=torch.int64)
+        keys = [derive_key(walker.seed, Purpose.DYNAMICS) for walker in self.walkers]
+        self.noise_key = torch.tensor(keys, dtype=torch.int64, device=device)
         pbc = np.array([walker.start.pbc for walker in self.walkers]).reshape(-1, 3)
-        self.pbc = torch.tensor(pbc, device=self.cell.device)
-
-    def structures(self, dtype: torch.dtype) -> Structures:
-        """The batch as the model sees it."""
-        return Structures(
+        # As the model sees the batch; it shares the memory of positions and cell.
+        self.structures = Structures(
             species=self.species,
-            positions=self.positions.to(dtype),
-            cell=self.cell.to(dtype),
-            pbc=self.pbc,
-            frame_of_atom=self.frame_of_atom,
-            n_atoms=self.n_atoms,
+            positions=self.positions,
+            cell=self.cell,
+            pbc=torch.tensor(pbc, device=device),
+            frame_of_atom=torch.repeat_interleave(n_atoms).to(device),
+            n_atoms=n_atoms.to(device),
         )
+        self.frame_of_atom, self.first_atom = self.structures.frame_of_atom, self.structures.first_atom
+
+    def steps(self) -> Tensor:
+        """(n_walkers,): steps taken by each walker until its last check."""
+        return torch.tensor([walker.n_steps for walker in self.walkers], device=self.cell.device)
 
     def over_atoms(self, values: Tensor, reduce: str) -> Tensor:
         """Reduce (n_atoms,) to (n_walkers,): reduce is "mean" or "amax"."""

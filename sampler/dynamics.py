@@ -12,12 +12,12 @@ import math
 from collections.abc import Sequence
 from typing import Literal, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from potential.committee import Evaluation
-from potential.neighbours import Neighbours, SkinList, pair_vectors
+from potential.kernels import drift, kick, normals
+from potential.neighbours import Neighbours, SkinList, shortest_distances
 from potential.structures import Structures
 from sampler.batch import Batch, Snapshot
 from sampler.config import SamplerSettings
@@ -26,7 +26,6 @@ from shards.schema import AMU_eV_fs2_A2, BOLTZMANN_eV_K
 
 __all__ = ["Dynamics", "ForceModel"]
 
-STEPS_PER_DRAW = 10  # random numbers are drawn for so many steps at a time: few calls, and they stay in the cache
 SETTLE_RATE_A2_eV = 0.01  # descent moves an atom by this much per force: stable up to a stiffness of 100 eV/A^2
 
 
@@ -58,6 +57,7 @@ class Dynamics:
     def __init__(self, model: ForceModel, settings: SamplerSettings) -> None:
         self.model = model
         self.settings = settings
+        self._push = settings.timestep_fs / 2 / AMU_eV_fs2_A2
         self._damping = math.exp(-settings.friction_per_ps * settings.timestep_fs / 1000)
         self._pairs = SkinList(model.cutoff_A, settings.skin_A)
 
@@ -73,67 +73,47 @@ class Dynamics:
             moves = SETTLE_RATE_A2_eV * batch.forces.nan_to_num()
             lengths = moves.norm(dim=1, keepdim=True)
             batch.positions += moves * (self.settings.settle_step_A / lengths).clamp(max=1).nan_to_num()
-        for walker, rows in zip(batch.walkers, batch.rows, strict=True):
-            directions = torch.from_numpy(walker.noise.standard_normal((walker.start.n_atoms, 3)))
-            thermal = BOLTZMANN_eV_K * walker.schedule.temperature_K(0.0) / AMU_eV_fs2_A2
-            batch.velocities[rows] = directions.to(batch.cell.device) * (thermal * batch.inverse_mass[rows]).sqrt()
+        directions = normals(batch, batch.steps())
+        batch.velocities = directions * (self._thermal_energies(batch) * batch.inverse_mass).sqrt()
         self._read(batch, self._evaluate(batch, pairs, "members"), pairs)
 
     def advance(self, batch: Batch) -> None:
         """Take the steps to the next check, and the readings there."""
-        self._set_thermostats(batch)
-        remaining = self.settings.check_every - 1
-        while remaining > 0:
-            for kicks in self._draw_kicks(batch, min(remaining, STEPS_PER_DRAW)):
-                self._drift(batch, kicks)
-                self._evaluate(batch, self._pairs)
-                self._kick(batch)
-            remaining -= STEPS_PER_DRAW
-        self._drift(batch, self._draw_kicks(batch, 1)[0])
+        variance = 1 - self._damping**2
+        batch.noise_scale = (variance * self._thermal_energies(batch) * batch.inverse_mass).sqrt()
+        steps = batch.steps()
+        for _ in range(self.settings.check_every - 1):
+            self._drift(batch, steps.add_(1))
+            self._evaluate(batch, self._pairs)
+            self._kick(batch)
+        self._drift(batch, steps.add_(1))
         self._follow_densities(batch)
         evaluation = self._evaluate(batch, self._pairs, "members")
         self._kick(batch)
         self._read(batch, evaluation, self._pairs)
 
-    def _drift(self, batch: Batch, kicks: Tensor | None) -> None:
+    def _drift(self, batch: Batch, steps: Tensor) -> None:
         """From the forces at the old positions to the new positions: B, A, O, A."""
-        half_step_fs = self.settings.timestep_fs / 2
-        batch.velocities.addcmul_(batch.forces, batch.inverse_mass, value=half_step_fs / AMU_eV_fs2_A2)
-        batch.positions.add_(batch.velocities, alpha=half_step_fs)
-        if kicks is not None:
-            batch.velocities.mul_(self._damping).addcmul_(kicks, batch.noise_scale)
-        batch.positions.add_(batch.velocities, alpha=half_step_fs)
+        drift(batch, steps, self._push, self.settings.timestep_fs / 2, self._damping)
 
     def _kick(self, batch: Batch) -> None:
         """The last B of a step, once the forces at the new positions have passed the guard."""
-        # Written so that NaN freezes: no walker may carry it into the neighbour search.
-        if not float(batch.forces.abs().amax()) <= self.settings.max_force_eV_A:
+        if not kick(batch, self._push, self.settings.max_force_eV_A):
             self._freeze_blown(batch)
-        half_step_fs = self.settings.timestep_fs / 2
-        batch.velocities.addcmul_(batch.forces, batch.inverse_mass, value=half_step_fs / AMU_eV_fs2_A2)
+            kick(batch, self._push, math.inf)
 
     def _evaluate(self, batch: Batch, pairs: SkinList, forces: Literal["mean", "members"] = "mean") -> Evaluation:
-        structures = batch.structures(self.model.dtype)
-        evaluation = self.model.evaluate(structures, pairs.update(structures), forces=forces)
+        neighbours = pairs.update(batch.structures)
+        evaluation = self.model.evaluate(batch.structures, neighbours, forces=forces)
         assert evaluation.forces_mean is not None
-        batch.forces = evaluation.forces_mean.to(torch.float64)
+        batch.forces.copy_(evaluation.forces_mean)
         return evaluation
 
-    def _set_thermostats(self, batch: Batch) -> None:
-        variance = 1 - self._damping**2
-        for walker, rows in zip(batch.walkers, batch.rows, strict=True):
-            temperature_K = walker.schedule.temperature_K(walker.time_fs(self.settings))
-            thermal = BOLTZMANN_eV_K * temperature_K / AMU_eV_fs2_A2
-            batch.noise_scale[rows] = (variance * thermal * batch.inverse_mass[rows]).sqrt()
-
-    def _draw_kicks(self, batch: Batch, n_steps: int) -> Sequence[Tensor | None]:
-        """Standard normal numbers (n_steps, n_atoms, 3), of each walker from its own stream."""
-        if self._damping == 1.0:
-            return [None] * n_steps
-        kicks = np.empty((n_steps, len(batch.positions), 3), dtype=np.float32)
-        for walker, rows in zip(batch.walkers, batch.rows, strict=True):
-            kicks[:, rows] = walker.noise.standard_normal((n_steps, walker.start.n_atoms, 3), dtype=np.float32)
-        return torch.from_numpy(kicks).to(batch.cell.device).unbind()
+    def _thermal_energies(self, batch: Batch) -> Tensor:
+        """(n_atoms, 1), amu (A/fs)^2: kT of each atom's thermostat at the last check."""
+        temperatures_K = [walker.schedule.temperature_K(walker.time_fs(self.settings)) for walker in batch.walkers]
+        per_walker = torch.tensor(temperatures_K, dtype=torch.float64, device=batch.cell.device)
+        return per_walker.mul_(BOLTZMANN_eV_K / AMU_eV_fs2_A2)[batch.frame_of_atom, None]
 
     def _follow_densities(self, batch: Batch) -> None:
         """Count the steps since the last check, and scale cells and positions to the densities of now."""
@@ -162,11 +142,10 @@ class Dynamics:
 
     def _read(self, batch: Batch, evaluation: Evaluation, pairs: SkinList) -> None:
         """Give every walker the reading of this check and the geometry it belongs to."""
-        structures = batch.structures(self.model.dtype)
         figures = torch.stack(
             [
-                *committee_spreads(evaluation, structures),
-                shortest_distances(structures, pairs.update(structures)),
+                *committee_spreads(evaluation, batch.structures),
+                shortest_distances(batch.structures, pairs.update(batch.structures)),
                 _temperatures(batch),
                 batch.over_atoms(batch.forces.abs().amax(1), "amax"),
             ],
@@ -189,14 +168,6 @@ def committee_spreads(evaluation: Evaluation, structures: Structures) -> tuple[T
     mean = zeros.scatter_reduce(0, index, components.mean(1), "mean", include_self=False)
     largest = zeros.scatter_reduce(0, index, components.amax(1), "amax", include_self=False)
     return evaluation.energy_spread().to(torch.float64), mean, largest
-
-
-def shortest_distances(structures: Structures, neighbours: Neighbours) -> Tensor:
-    """Shortest distance in each frame over all listed pairs, (B,), A, float64; infinite where there is none."""
-    squared = pair_vectors(structures, neighbours).square().sum(1)
-    frames = structures.frame_of_atom.index_select(0, neighbours.centre)
-    none = squared.new_full((structures.n_frames,), torch.inf)
-    return none.scatter_reduce(0, frames, squared, "amin").to(torch.float64).sqrt()
 
 
 def _temperatures(batch: Batch) -> Tensor:

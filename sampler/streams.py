@@ -9,7 +9,7 @@ from enum import IntEnum
 
 import numpy as np
 
-__all__ = ["Purpose", "derive_seed", "open_stream"]
+__all__ = ["Purpose", "derive_key", "derive_seed", "open_stream"]
 
 
 class Purpose(IntEnum):
@@ -26,3 +26,8 @@ def derive_seed(seed: int, index: int) -> int:
 def open_stream(seed: int, purpose: Purpose) -> np.random.Generator:
     """Start the stream of `purpose` from its beginning."""
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(seed, spawn_key=(int(purpose),))))
+
+
+def derive_key(seed: int, purpose: Purpose) -> int:
+    """The key, int64, of random numbers that are a function of it and a counter."""
+    return int(np.random.SeedSequence(seed, spawn_key=(int(purpose),)).generate_state(1, np.uint64).view(np.int64)[0])

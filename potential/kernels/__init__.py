@@ -1,4 +1,5 @@
-"""Which implementation of AEVs, networks and pair sums runs? The fastest for these tensors; callers never know.
+"""Which implementation of neighbours, AEVs, networks and pair sums runs? The fastest for these tensors; callers never
+know.
 
 `reference` (plain PyTorch) defines the answer; `native` (C++) is used for tensors on the CPU when it was built. The
 environment variable SMELT_KERNELS=reference|native forces one of them, for tests.
@@ -16,17 +17,91 @@ import torch
 
 from potential.aev import AEVParameters
 from potential.kernels import reference
+from potential.kernels.motion import Moving
+from potential.structures import Structures
 
 __all__ = [
+    "Moving",
     "aev_forward",
     "aev_jvp",
     "aev_vjp",
+    "drift",
+    "find_pairs",
+    "have_moved",
     "implementation",
+    "kick",
     "native_available",
     "networks",
+    "normals",
     "pair_differences",
     "pair_sums",
+    "pair_vectors",
+    "shortest_distances",
 ]
+
+
+def find_pairs(
+    structures: Structures, cutoff_A: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Centre (E,), other (E,), shift (E, 3), int32, and row (N + 1,) of all directed pairs closer than the cutoff.
+
+    Sorted by centre; pairs of atom i are row[i] .. row[i + 1]. shift: lattice vectors to add to `other`.
+
+    Raises:
+        ValueError: periodic axes of a cell that span no volume, or positions that are not finite.
+    """
+    pairs: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+    pairs = _kernels(structures.positions).find_pairs(structures, cutoff_A)
+    return pairs
+
+
+def pair_vectors(
+    structures: Structures, row: torch.Tensor, other: torch.Tensor, shift: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """(E, 3), A, in `dtype`: from the centre to its neighbour's image, of the pairs of a list."""
+    vectors: torch.Tensor = _kernels(structures.positions).pair_vectors(structures, row, other, shift, dtype)
+    return vectors
+
+
+def shortest_distances(
+    structures: Structures, row: torch.Tensor, other: torch.Tensor, shift: torch.Tensor
+) -> torch.Tensor:
+    """(B,), A, float64: shortest listed distance of each frame; infinite where there is none."""
+    shortest: torch.Tensor = _kernels(structures.positions).shortest_distances(structures, row, other, shift)
+    return shortest
+
+
+def have_moved(
+    structures: Structures, built: torch.Tensor, strain: torch.Tensor | None, slack_A: torch.Tensor
+) -> torch.Tensor:
+    """(B,), bool: frames with an atom more than slack_A / 2 away from where the strained frame carried it.
+
+    built: (N, 3), A, earlier positions; strain: (B, 3, 3), what the cells have been multiplied by since then, or None;
+    slack_A: (B,); both float64. An atom that is nowhere has moved.
+    """
+    moved: torch.Tensor = _kernels(structures.positions).have_moved(structures, built, strain, slack_A)
+    return moved
+
+
+def drift(atoms: Moving, step: torch.Tensor, push: float, half_step_fs: float, damping: float) -> None:
+    """Half a kick by the forces, half a step, friction and noise, half a step: B, A, O, A of BAOAB, in place.
+
+    step: (B,), number of each frame's step. push: velocity per force over mass. damping: factor on velocities; 1 means
+    no noise either.
+    """
+    _kernels(atoms.positions).drift(atoms, step, push, half_step_fs, damping)
+
+
+def kick(atoms: Moving, push: float, max_force_eV_A: float) -> bool:
+    """Half a kick by the forces, if no component is above the limit or not a number; else nothing but False."""
+    kicked: bool = _kernels(atoms.positions).kick(atoms, push, max_force_eV_A)
+    return kicked
+
+
+def normals(atoms: Moving, step: torch.Tensor) -> torch.Tensor:
+    """(N, 3): standard normal numbers, a function of noise_key and step (B,) of the frame, and atom within it."""
+    drawn: torch.Tensor = _kernels(atoms.positions).normals(atoms, step)
+    return drawn
 
 
 def aev_forward(vec: torch.Tensor, row: torch.Tensor, species_other: torch.Tensor, p: AEVParameters) -> torch.Tensor:

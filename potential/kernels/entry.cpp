@@ -6,6 +6,7 @@
 #include <new>
 
 #include "aev.h"
+#include "motion.h"
 #include "networks.h"
 #include "threads.h"
 #if defined(__SSE2__)
@@ -14,7 +15,9 @@
 
 extern const AevKernel smelt_plain_aev[2];
 extern const NetworksKernel smelt_plain_networks[2];
+extern const MotionKernel smelt_plain_motion;
 #if defined(__x86_64__)
+extern const MotionKernel smelt_avx2_motion, smelt_avx512_motion;
 extern const AevKernel smelt_avx2_aev[2], smelt_avx512_aev[2];
 extern const NetworksKernel smelt_avx2_networks[2], smelt_avx512_networks[2];
 #endif
@@ -70,9 +73,11 @@ int best_level() {
 #if defined(__x86_64__)
 const AevKernel* const AEV[] = {smelt_plain_aev, smelt_avx2_aev, smelt_avx512_aev};
 const NetworksKernel* const NETWORKS[] = {smelt_plain_networks, smelt_avx2_networks, smelt_avx512_networks};
+const MotionKernel* const MOTION[] = {&smelt_plain_motion, &smelt_avx2_motion, &smelt_avx512_motion};
 #else
 const AevKernel* const AEV[] = {smelt_plain_aev};
 const NetworksKernel* const NETWORKS[] = {smelt_plain_networks};
+const MotionKernel* const MOTION[] = {&smelt_plain_motion};
 #endif
 
 // turn(number, workspace) for all turns, on up to n_threads threads with a workspace each.
@@ -115,6 +120,20 @@ EXPORT int smelt_networks(int level, int is_double, int n_threads, const Network
         [&](int64_t turn, void* workspace) { kernel.run(*job, turn, workspace); });
     return 0;
 } catch (const std::bad_alloc&) {
+    return 1;
+}
+
+// These take microseconds, less than a thread takes to start, so they run on the caller's.
+EXPORT void smelt_normals(int level, const MotionJob* job, float* out) {
+    MOTION[level]->normals(*job, out, 0, job->n_atoms);
+}
+
+EXPORT void smelt_drift(int level, const MotionJob* job) { MOTION[level]->drift(*job, 0, job->n_atoms); }
+
+// Returns whether no force component is above the limit or not a number; only then are velocities changed.
+EXPORT int smelt_kick(int level, const MotionJob* job, double max_force) {
+    if (!(MOTION[level]->largest_force(*job, 0, job->n_atoms) <= max_force)) return 0;
+    MOTION[level]->kick(*job, 0, job->n_atoms);
     return 1;
 }
 

@@ -1,63 +1,187 @@
-"""How do PyTorch tensors on the CPU reach the C++ kernels, and are those there at all?
-
-The shared library has a plain C interface (entry.cpp) and is built beside this file at installation.
-SMELT_SIMD=plain|avx2|avx512 forces an instruction set, for tests; otherwise the best one of the processor is used.
-"""
+"""How do PyTorch tensors on the CPU reach the C++ kernels?"""
 
 from __future__ import annotations
 
 import ctypes
 import functools
 import math
-import os
-import sysconfig
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
 from potential.aev import AEVParameters
+from potential.kernels.bins import FLAT_CELL, NOT_FINITE
+from potential.kernels.library import AevShape, Motion, Networks, available, level, library
+from potential.kernels.motion import Moving
+from potential.structures import Structures
 
-__all__ = ["aev_forward", "aev_jvp", "aev_vjp", "available", "networks", "pair_differences", "pair_sums"]
+__all__ = [
+    "aev_forward",
+    "aev_jvp",
+    "aev_vjp",
+    "available",
+    "drift",
+    "find_pairs",
+    "have_moved",
+    "kick",
+    "networks",
+    "normals",
+    "pair_differences",
+    "pair_sums",
+    "pair_vectors",
+    "shortest_distances",
+]
 
-LIBRARY = Path(__file__).with_name(f"_aev{sysconfig.get_config_var('EXT_SUFFIX')}")
-LEVELS = ("plain", "avx2", "avx512")
 FORWARD, VJP, JVP = range(3)
+NO_MEMORY, FLAT = 1, 2  # Status of neighbours.cpp
 
 
-class _Shape(ctypes.Structure):
-    """AevShape of aev.h."""
+def find_pairs(
+    structures: Structures, cutoff_A: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Centre (E,), other (E,), shift (E, 3), int32, and row (N + 1,) of all directed pairs closer than the cutoff.
 
-    _fields_ = (
-        *((name, ctypes.c_double) for name in ("radial_cutoff", "angular_cutoff", "eta_radial", "eta_angular", "zeta")),
-        *((name, ctypes.c_int64) for name in ("n_species", "n_radial", "n_angular_radial", "n_angular")),
-        *(
-            (name, ctypes.POINTER(ctypes.c_double))
-            for name in ("radial_shifts", "angular_shifts", "angle_cos", "angle_sin")
-        ),
+    Raises ValueError for a cell that spans no volume, or positions that are not finite.
+    """
+    positions, cells = structures.positions.double().contiguous(), structures.cell.double().contiguous()
+    first, pbc = structures.first_atom, structures.pbc.contiguous()
+    n_atoms, n_threads = positions.shape[0], torch.get_num_threads()
+    row = first.new_empty(n_atoms + 1)
+    status, frame = ctypes.c_int(), ctypes.c_int64()
+    found = library().smelt_find_neighbours(
+        n_threads,
+        structures.n_frames,
+        first.data_ptr(),
+        positions.data_ptr(),
+        cells.data_ptr(),
+        pbc.data_ptr(),
+        cutoff_A,
+        row.data_ptr(),
+        ctypes.byref(status),
+        ctypes.byref(frame),
     )
-
-
-class _Networks(ctypes.Structure):
-    """NetworksJob of networks.h."""
-
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in ("n_members", "n_layers", "n_rows", "n_atoms")),
-        ("widths", ctypes.POINTER(ctypes.c_int64)),
-        *((name, ctypes.POINTER(ctypes.c_void_p)) for name in ("weights", "biases")),
-        ("celu_alpha", ctypes.c_double),
-        *((name, ctypes.c_void_p) for name in ("atoms", "aev", "energies", "gradient")),
-        ("mean", ctypes.c_int64),
-    )
-
-
-def available() -> bool:
-    """Whether the C++ kernels were built and can be loaded."""
+    if not found:
+        if status.value == NO_MEMORY:
+            raise MemoryError(f"no memory for the neighbours of {n_atoms} atoms within {cutoff_A:g} A")
+        raise ValueError((FLAT_CELL if status.value == FLAT else NOT_FINITE).format(frame.value))
     try:
-        _library()
-    except (OSError, AttributeError):  # not built, or built from older sources
-        return False
-    return True
+        n_pairs = int(row[-1])
+        centre, other, shift = (
+            row.new_empty(n_pairs),
+            row.new_empty(n_pairs),
+            row.new_empty(n_pairs, 3, dtype=torch.int32),
+        )
+    except BaseException:
+        library().smelt_take_neighbours(found, n_threads, None, None, None, None)
+        raise
+    library().smelt_take_neighbours(
+        found, n_threads, row.data_ptr(), centre.data_ptr(), other.data_ptr(), shift.data_ptr()
+    )
+    return centre, other, shift, row
+
+
+def pair_vectors(
+    structures: Structures, row: torch.Tensor, other: torch.Tensor, shift: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """(E, 3), A: from the centre to its neighbour's image. row: (N + 1,); other: (E,); shift: (E, 3), int32."""
+    positions, cell = structures.positions.contiguous(), structures.cell.to(structures.positions.dtype).contiguous()
+    frame_of_atom = structures.frame_of_atom.contiguous()
+    _check("shift", shift, (other.shape[0], 3))
+    out = positions.new_empty(other.shape[0], 3, dtype=dtype)
+    library().smelt_pair_vectors(
+        _is_double(positions),
+        _is_double(out),
+        torch.get_num_threads(),
+        positions.shape[0],
+        row.data_ptr(),
+        other.data_ptr(),
+        shift.data_ptr(),
+        frame_of_atom.data_ptr(),
+        positions.data_ptr(),
+        cell.data_ptr(),
+        out.data_ptr(),
+    )
+    return out
+
+
+def shortest_distances(
+    structures: Structures, row: torch.Tensor, other: torch.Tensor, shift: torch.Tensor
+) -> torch.Tensor:
+    """(B,), A, float64: shortest listed distance of each frame; infinite where there is none."""
+    positions, cell = structures.positions.contiguous(), structures.cell.to(structures.positions.dtype).contiguous()
+    first = structures.first_atom
+    out = positions.new_empty(structures.n_frames, dtype=torch.float64)
+    library().smelt_shortest(
+        _is_double(positions),
+        torch.get_num_threads(),
+        structures.n_frames,
+        first.data_ptr(),
+        row.data_ptr(),
+        other.data_ptr(),
+        shift.data_ptr(),
+        positions.data_ptr(),
+        cell.data_ptr(),
+        out.data_ptr(),
+    )
+    return out
+
+
+def have_moved(
+    structures: Structures, built: torch.Tensor, strain: torch.Tensor | None, slack_A: torch.Tensor
+) -> torch.Tensor:
+    """(B,), bool: frames with an atom more than slack_A / 2 away from where the strained frame carried it."""
+    positions, first = structures.positions.contiguous(), structures.first_atom
+    _check("built", built, tuple(positions.shape))
+    _check("slack_A", slack_A, (structures.n_frames,))
+    moved = slack_A.new_empty(structures.n_frames, dtype=torch.bool)
+    library().smelt_moved(
+        _is_double(positions),
+        structures.n_frames,
+        first.data_ptr(),
+        positions.data_ptr(),
+        built.data_ptr(),
+        None if strain is None else strain.data_ptr(),
+        slack_A.data_ptr(),
+        moved.data_ptr(),
+    )
+    return moved
+
+
+def drift(atoms: Moving, step: torch.Tensor, push: float, half_step_fs: float, damping: float) -> None:
+    """Half a kick by the forces, half a step, friction and noise, half a step."""
+    library().smelt_drift(level(), ctypes.byref(_motion(atoms, step, push, half_step_fs, damping)))
+
+
+def kick(atoms: Moving, push: float, max_force_eV_A: float) -> bool:
+    """Half a kick by the forces, if no component is above the limit or not a number; else nothing but False."""
+    return bool(library().smelt_kick(level(), ctypes.byref(_motion(atoms, None, push)), max_force_eV_A))
+
+
+def normals(atoms: Moving, step: torch.Tensor) -> torch.Tensor:
+    """(N, 3), float32: independent standard normal numbers for each atom and step (B,)."""
+    out = atoms.positions.new_empty(atoms.positions.shape, dtype=torch.float32)
+    library().smelt_normals(level(), ctypes.byref(_motion(atoms, step)), out.data_ptr())
+    return out
+
+
+def _motion(
+    atoms: Moving, step: torch.Tensor | None, push: float = 0.0, half_step_fs: float = 0.0, damping: float = 1.0
+) -> Motion:
+    n_atoms, n_frames = atoms.positions.shape[0], atoms.noise_key.shape[0]
+    per_atom = atoms.positions, atoms.velocities, atoms.forces, atoms.inverse_mass, atoms.noise_scale
+    for tensor, width in zip(per_atom, (3, 3, 3, 1, 1), strict=True):
+        _check_plain(tensor, width * n_atoms, torch.float64)
+    integers = atoms.frame_of_atom, atoms.first_atom, atoms.noise_key
+    for tensor, numbers in zip(integers, (n_atoms, n_frames + 1, n_frames), strict=True):
+        _check_plain(tensor, numbers, torch.int64)
+    return Motion(
+        n_atoms,
+        *(tensor.data_ptr() for tensor in (*per_atom, *integers)),
+        None if step is None else step.data_ptr(),
+        push,
+        half_step_fs,
+        damping,
+    )
 
 
 def aev_forward(vec: torch.Tensor, row: torch.Tensor, species_other: torch.Tensor, p: AEVParameters) -> torch.Tensor:
@@ -114,7 +238,7 @@ def networks(
     if widths[-1] != 1 or not all(t.is_contiguous() and t.dtype == aev.dtype for t in tensors):
         raise ValueError(f"networks: one output, and all tensors contiguous and {aev.dtype}, as aev is")
     atoms = atoms.long().contiguous()
-    job = _Networks(
+    job = Networks(
         n_members,
         len(weights),
         atoms.shape[0],
@@ -129,7 +253,7 @@ def networks(
         gradient.data_ptr() if n_gradients else None,
         n_gradients == 1,
     )
-    if _library().smelt_networks(_level(), _is_double(aev), torch.get_num_threads(), ctypes.byref(job)):
+    if library().smelt_networks(level(), _is_double(aev), torch.get_num_threads(), ctypes.byref(job)):
         raise MemoryError(f"no memory for the networks: {atoms.shape[0]} atoms, {n_members} members")
 
 
@@ -156,7 +280,7 @@ def _run_pairs(
     summing: bool, argument: torch.Tensor, row: torch.Tensor, other: torch.Tensor, out: torch.Tensor
 ) -> None:
     argument, row, other = argument.contiguous(), row.long().contiguous(), other.long().contiguous()
-    failed = _library().smelt_pairs(
+    failed = library().smelt_pairs(
         int(summing),
         _is_double(argument),
         torch.get_num_threads(),
@@ -185,14 +309,15 @@ def _run(
         raise ValueError(f"row ends at {int(row[-1])}: there are {vec.shape[0]} pairs")
     _check("vec", vec, (species_other.shape[0], 3))
     vec, row, species_other = vec.contiguous(), row.long().contiguous(), species_other.long().contiguous()
+    n_items = 1 if argument is None else argument.shape[0]
     argument = out if argument is None else argument.to(vec.dtype).contiguous()
-    failed = _library().smelt_aev(
+    failed = library().smelt_aev(
         product,
-        _level(),
+        level(),
         _is_double(vec),
         torch.get_num_threads(),
         ctypes.byref(_shape(p)),
-        argument.shape[0],
+        n_items,
         row.shape[0] - 1,
         vec.shape[0],
         vec.data_ptr(),
@@ -210,34 +335,26 @@ def _check(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
         raise ValueError(f"{name} is {tuple(tensor.shape)} on {tensor.device}: must be {shape} on the CPU")
 
 
+def _check_plain(tensor: torch.Tensor, numbers: int, dtype: torch.dtype) -> None:
+    """What a kernel that is called every few microseconds looks at."""
+    if tensor.numel() != numbers or tensor.dtype != dtype or not tensor.is_contiguous():
+        raise ValueError(
+            f"{tuple(tensor.shape)} numbers of {tensor.dtype}: must be {numbers} of {dtype}, contiguous on the CPU"
+        )
+
+
 def _is_double(tensor: torch.Tensor) -> bool:
     if tensor.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"{tensor.dtype}: the C++ kernels know float32 and float64")
     return tensor.dtype == torch.float64
 
 
-def _level() -> int:
-    """The instruction set to use, as a position in LEVELS."""
-    best, forced = _best_level(), os.environ.get("SMELT_SIMD", "")
-    if not forced:
-        return best
-    if forced not in LEVELS[: best + 1]:
-        raise ValueError(f"SMELT_SIMD = {forced!r}: this processor has {', '.join(LEVELS[: best + 1])}")
-    return LEVELS.index(forced)
-
-
-@functools.cache
-def _best_level() -> int:
-    level: int = _library().smelt_level()
-    return level
-
-
 @functools.lru_cache(maxsize=64)
-def _shape(p: AEVParameters) -> _Shape:
+def _shape(p: AEVParameters) -> AevShape:
     def doubles(values: tuple[float, ...]) -> ctypes.Array[ctypes.c_double]:
         return (ctypes.c_double * len(values))(*values)
 
-    return _Shape(
+    return AevShape(
         p.radial_cutoff_A,
         p.angular_cutoff_A,
         p.eta_radial,
@@ -252,13 +369,3 @@ def _shape(p: AEVParameters) -> _Shape:
         doubles(tuple(math.cos(angle) for angle in p.angle_shifts)),
         doubles(tuple(math.sin(angle) for angle in p.angle_shifts)),
     )
-
-
-@functools.cache
-def _library() -> ctypes.CDLL:
-    library = ctypes.CDLL(str(LIBRARY))
-    integer, long, pointer = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
-    library.smelt_pairs.argtypes = [*[integer] * 3, *[long] * 3, *[pointer] * 4]
-    library.smelt_networks.argtypes = [*[integer] * 3, ctypes.POINTER(_Networks)]
-    library.smelt_aev.argtypes = [*[integer] * 4, ctypes.POINTER(_Shape), *[long] * 3, *[pointer] * 5]
-    return library

@@ -1,8 +1,11 @@
-// How do quantities of pairs become quantities of atoms (forces), and back (the derivative of a loss by pair forces)?
+// What are the vectors of the pairs of a list; how do quantities of pairs become quantities of atoms (forces), and back?
 //
 // One plain pass over the list: PyTorch's index_add takes as long as the AEV for the same sums. What a thread writes no
 // other thread writes, and always in the order of the list, so the answer does not depend on the number of threads.
+#include <cmath>
+#include <limits>
 #include <new>
+#include <numeric>
 
 #include "threads.h"
 
@@ -55,6 +58,90 @@ template <class T> void differences(const Pairs& p, const T* atom, T* pair, int 
     });
 }
 
+constexpr int64_t ATOMS_PER_TURN = 256;
+
+// Component k from atom i to the image of atom j that is `turn` cells away; in double, for shifts may be far larger.
+template <class T> double apart(const T* positions, const T* cell, int64_t i, int64_t j, const int32_t* turn, int k) {
+    const double direct = double(positions[3 * j + k]) - double(positions[3 * i + k]);
+    if (!(turn[0] | turn[1] | turn[2])) return direct;  // most are
+    return direct + (turn[0] * double(cell[k]) + turn[1] * double(cell[3 + k]) + turn[2] * double(cell[6 + k]));
+}
+
+// From each centre to the image of its neighbour; U is the type that is wanted, T that of positions and cells.
+template <class T, class U> void vectors(const int64_t* row, const int64_t* other, const int32_t* shift,
+                                         const int64_t* frame, const T* positions, const T* cells, U* out, int64_t low,
+                                         int64_t high) {
+    for (int64_t i = low; i < high; ++i) {
+        const T* cell = cells + 9 * frame[i];
+        for (int64_t e = row[i]; e < row[i + 1]; ++e) {
+            for (int k = 0; k < 3; ++k) out[3 * e + k] = U(apart(positions, cell, i, other[e], shift + 3 * e, k));
+        }
+    }
+}
+
+template <class T, class U> void all_vectors(int n_threads, int64_t n_atoms, const int64_t* row, const int64_t* other,
+                                             const int32_t* shift, const int64_t* frame, const void* positions,
+                                             const void* cells, void* out) {
+    share_out((n_atoms + ATOMS_PER_TURN - 1) / ATOMS_PER_TURN, n_threads, [&](auto next) {
+        for (int64_t turn; (turn = next()) >= 0;) {
+            vectors(row, other, shift, frame, static_cast<const T*>(positions), static_cast<const T*>(cells),
+                    static_cast<U*>(out), turn * ATOMS_PER_TURN, std::min((turn + 1) * ATOMS_PER_TURN, n_atoms));
+        }
+    });
+}
+
+// Whether some atom of the frame has moved by more than half of `slack` from where the strained frame carried it.
+template <bool STRAINED, class T> bool has_moved(const T* positions, const double* built, const double* strain,
+                                                 double slack, int64_t low, int64_t high) {
+    constexpr int LANES = 8;                          // independent maxima, so that none waits for another
+    double farthest[LANES] = {}, odd[LANES] = {};     // x - x is 0 but for infinite x and what is not a number
+    const auto look = [&](int64_t i, int lane) {
+        const double* b = built + 3 * i;
+        double squared = 0;
+        for (int k = 0; k < 3; ++k) {
+            const double carried = STRAINED ? b[0] * strain[k] + b[1] * strain[3 + k] + b[2] * strain[6 + k] : b[k];
+            const double moved = double(positions[3 * i + k]) - carried;
+            squared += moved * moved;
+        }
+        farthest[lane] = std::max(farthest[lane], squared);
+        odd[lane] += squared - squared;
+    };
+    int64_t i = low;
+    for (; i + LANES <= high; i += LANES)
+        for (int lane = 0; lane < LANES; ++lane) look(i + lane, lane);
+    for (; i < high; ++i) look(i, 0);
+    const double most = *std::max_element(farthest, farthest + LANES);
+    return std::accumulate(odd, odd + LANES, 0.0) != 0 || !(slack >= 0 && 4 * most <= slack * slack);
+}
+
+template <class T> int64_t have_moved(int64_t n_frames, const int64_t* first, const T* positions, const double* built,
+                                      const double* strain, const double* slack, bool* moved) {
+    int64_t n_moved = 0;
+    for (int64_t f = 0; f < n_frames; ++f) {
+        moved[f] = strain ? has_moved<true>(positions, built, strain + 9 * f, slack[f], first[f], first[f + 1])
+                          : has_moved<false>(positions, built, strain, slack[f], first[f], first[f + 1]);
+        n_moved += moved[f];
+    }
+    return n_moved;
+}
+
+// Shortest of the listed pairs of atoms [low, high).
+template <class T> double shortest(const int64_t* row, const int64_t* other, const int32_t* shift, const T* positions,
+                                   const T* cell, int64_t low, int64_t high) {
+    double least = std::numeric_limits<double>::infinity();
+    for (int64_t i = low; i < high; ++i) {
+        for (int64_t e = row[i]; e < row[i + 1]; ++e) {
+            double squared = 0;
+            for (int k = 0; k < 3; ++k) {
+                const double d = apart(positions, cell, i, other[e], shift + 3 * e, k);
+                squared += d * d;
+            }
+            least = squared < least ? squared : least;
+        }
+    }
+    return std::sqrt(least);
+}
+
 template <class T> void run(bool summing, const Pairs& p, const void* in, void* out, int n_threads) {
     const T* from = static_cast<const T*>(in);
     T* to = static_cast<T*>(out);
@@ -73,4 +160,39 @@ int smelt_pairs(int summing, int is_double, int n_threads, int64_t n_items, int6
     return 0;
 } catch (const std::bad_alloc&) {
     return 1;
+}
+
+// Vectors (n_edges, 3) from each centre to the image of its neighbour, for positions (n_atoms, 3) and cells (n, 3, 3)
+// of one type, and vectors of the same or another.
+extern "C" __attribute__((visibility("default")))
+void smelt_pair_vectors(int from_double, int to_double, int n_threads, int64_t n_atoms, const int64_t* row,
+                        const int64_t* other, const int32_t* shift, const int64_t* frame_of_atom,
+                        const void* positions, const void* cells, void* out) {
+    const auto from_doubles = to_double ? all_vectors<double, double> : all_vectors<double, float>;
+    const auto from_floats = to_double ? all_vectors<float, double> : all_vectors<float, float>;
+    (from_double ? from_doubles : from_floats)(n_threads, n_atoms, row, other, shift, frame_of_atom, positions, cells,
+                                               out);
+}
+
+// moved: (n_frames,), which frames hold an atom that has moved by more than half of slack (n_frames,) from built
+// (n_atoms, 3) times strain (n_frames, 3, 3), or from built itself if strain is null. Returns how many.
+extern "C" __attribute__((visibility("default")))
+int64_t smelt_moved(int is_double, int64_t n_frames, const int64_t* first, const void* positions, const double* built,
+                    const double* strain, const double* slack, bool* moved) {
+    return is_double ? have_moved(n_frames, first, static_cast<const double*>(positions), built, strain, slack, moved)
+                     : have_moved(n_frames, first, static_cast<const float*>(positions), built, strain, slack, moved);
+}
+
+// out: (n_frames,), the shortest listed distance of each frame, infinite where there is none.
+extern "C" __attribute__((visibility("default")))
+void smelt_shortest(int is_double, int n_threads, int64_t n_frames, const int64_t* first, const int64_t* row,
+                    const int64_t* other, const int32_t* shift, const void* positions, const void* cells, double* out) {
+    share_out(n_frames, n_threads, [&](auto next) {
+        for (int64_t f; (f = next()) >= 0;) {
+            out[f] = is_double ? shortest(row, other, shift, static_cast<const double*>(positions),
+                                          static_cast<const double*>(cells) + 9 * f, first[f], first[f + 1])
+                               : shortest(row, other, shift, static_cast<const float*>(positions),
+                                          static_cast<const float*>(cells) + 9 * f, first[f], first[f + 1]);
+        }
+    });
 }

@@ -14,6 +14,7 @@ features are computed again rather than stored.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,8 +22,25 @@ from dataclasses import dataclass
 import torch
 
 from potential.aev import ANGLE_SCALE, AEVParameters
+from potential.kernels.bins import find_pairs
+from potential.kernels.motion import drift, kick, normals
+from potential.structures import Structures
 
-__all__ = ["aev_forward", "aev_jvp", "aev_vjp", "networks", "pair_differences", "pair_sums"]
+__all__ = [
+    "aev_forward",
+    "aev_jvp",
+    "aev_vjp",
+    "drift",
+    "find_pairs",
+    "have_moved",
+    "kick",
+    "networks",
+    "normals",
+    "pair_differences",
+    "pair_sums",
+    "pair_vectors",
+    "shortest_distances",
+]
 
 RADIAL_PREFACTOR = 0.25
 # Powers of 2: torch's exp2 is 3 times faster than its exp on some CPUs, and nowhere slower.
@@ -140,6 +158,46 @@ def _hidden(
         if layer < len(weights) - 1:
             value = torch.baddbmm(biases[layer][:, None], value, weights[layer].transpose(1, 2))
     return value, slopes
+
+
+def pair_vectors(
+    structures: Structures, row: torch.Tensor, other: torch.Tensor, shift: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """(E, 3), A: from the centre to its neighbour's image. row: (N + 1,); other: (E,); shift: (E, 3), int32."""
+    positions = structures.positions
+    centre = torch.repeat_interleave(row.diff())
+    # index_select is several times faster than indexing with a tensor on the CPU.
+    vectors = positions.index_select(0, other) - positions.index_select(0, centre)
+    turns, cell = shift.to(vectors.dtype), structures.cell.to(vectors.dtype)
+    # One matrix product per frame: gathering a cell for every pair costs eight times as much.
+    ends = row[structures.first_atom].tolist()
+    for frame, (low, high) in enumerate(itertools.pairwise(ends)):
+        vectors[low:high].addmm_(turns[low:high], cell[frame])
+    return vectors.to(dtype)
+
+
+def shortest_distances(
+    structures: Structures, row: torch.Tensor, other: torch.Tensor, shift: torch.Tensor
+) -> torch.Tensor:
+    """(B,), A, float64: shortest listed distance of each frame; infinite where there is none."""
+    squared = pair_vectors(structures, row, other, shift, torch.float64).square().sum(1)
+    frames = structures.frame_of_atom.index_select(0, torch.repeat_interleave(row.diff()))
+    none = squared.new_full((structures.n_frames,), torch.inf)
+    return none.scatter_reduce(0, frames, squared, "amin").sqrt()
+
+
+def have_moved(
+    structures: Structures, built: torch.Tensor, strain: torch.Tensor | None, slack_A: torch.Tensor
+) -> torch.Tensor:
+    """(B,), bool: frames with an atom more than slack_A / 2 away from where the strained frame carried it.
+
+    built: (N, 3), A, earlier positions; strain: (B, 3, 3), what the cells have been multiplied by since then, or None;
+    slack_A: (B,); both float64. An atom that is nowhere has moved.
+    """
+    frame = structures.frame_of_atom
+    carried = built if strain is None else torch.einsum("ni,nij->nj", built, strain[frame])
+    moved = ~(2 * (structures.positions.double() - carried).norm(dim=1) <= slack_A.index_select(0, frame))
+    return torch.bincount(frame, moved.double(), minlength=structures.n_frames) > 0
 
 
 def pair_sums(pair: torch.Tensor, row: torch.Tensor, other: torch.Tensor) -> torch.Tensor:

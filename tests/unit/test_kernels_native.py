@@ -13,7 +13,7 @@ import torch
 
 from potential.aev import AEVParameters
 from potential.config import PotentialSettings
-from potential.kernels import native, reference
+from potential.kernels import library, native, reference
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="the C++ kernels are not built")
 
@@ -37,7 +37,7 @@ TOLERANCE = {torch.float64: 1e-13, torch.float32: 5e-6}
 @pytest.fixture(params=["plain", "avx2", "avx512"])
 def simd(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     level: str = request.param
-    if native.LEVELS.index(level) > native._best_level():
+    if library.LEVELS.index(level) > library.best_level():
         pytest.skip(f"this processor has no {level}")
     monkeypatch.setenv("SMELT_SIMD", level)
     return level

@@ -1,4 +1,4 @@
-"""Neighbour lists against a brute-force search by another code, and skin lists against fresh ones."""
+"""Neighbour lists, C++ and PyTorch, against searches by two other codes, and skin lists against fresh ones."""
 
 from __future__ import annotations
 
@@ -10,10 +10,26 @@ import torch
 from ase import Atoms
 from ase.build import bulk
 from ase.neighborlist import neighbor_list
+from vesin import NeighborList
 
+from potential import kernels
 from potential.neighbours import SkinList, find_neighbours, pair_vectors
 from potential.structures import Structures, UnknownElementError
 from shards.frame import Frame
+
+
+@pytest.fixture(params=["reference", "native"], autouse=True)
+def implementation(request, monkeypatch):
+    if request.param == "native" and not kernels.native_available():
+        pytest.skip("the C++ kernels are not built")
+    monkeypatch.setenv("SMELT_KERNELS", request.param)
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
 
 
 def random_frames(rng: np.random.Generator, n_frames: int) -> list[Frame]:
@@ -60,12 +76,83 @@ def test_batch_of_random_cells_equals_ase(cutoff):
 
 
 def test_large_cell_in_several_blocks_equals_ase(monkeypatch):
-    monkeypatch.setattr("potential.neighbours.PAIRS_PER_BLOCK", 2_000)
+    monkeypatch.setattr("potential.kernels.bins.PAIRS_PER_BLOCK", 2_000)
     atoms = bulk("Al", cubic=True) * (4, 3, 2)
     atoms.rattle(0.3, seed=1)
     frame = Frame(atoms.numbers, atoms.positions, atoms.cell.array, atoms.pbc)
     structures = Structures.from_frames([frame], ["Al"])
     assert as_set(structures, find_neighbours(structures, 5.0), 0) == pairs_of_ase(frame, 5.0)
+
+
+@pytest.mark.parametrize("n", [1, 4, 9])
+def test_skewed_and_plain_cells_of_one_to_thousands_of_atoms_equal_vesin(n):
+    cubic = bulk("Al", cubic=True) * (n, n, n)
+    cubic.rattle(0.2, seed=n)
+    skewed = cubic.copy()
+    # The same crystal described by vectors that are far from orthogonal, atoms left where they are.
+    skewed.set_cell(np.array([[1, 0, 0], [2, 1, 0], [-3, 2, 1]]) @ cubic.cell.array)
+    frames = [Frame(a.numbers, a.positions, a.cell.array, a.pbc) for a in (cubic, skewed)]
+    structures = Structures.from_frames(frames, ["Al"])
+    neighbours = find_neighbours(structures, 7.0)
+    for number, frame in enumerate(frames):
+        i, j, shift = NeighborList(cutoff=7.0, full_list=True).compute(
+            points=frame.positions, box=frame.cell, periodic=True, quantities="ijS"
+        )
+        expected = set(map(tuple, np.column_stack([i, j, shift]).tolist()))
+        assert as_set(structures, neighbours, number) == expected
+
+
+def test_every_pair_is_there_from_both_ends():
+    structures = Structures.from_frames(random_frames(np.random.default_rng(5), 20), ["Al"])
+    neighbours = find_neighbours(structures, 5.0)
+    pairs = torch.cat([neighbours.centre[:, None], neighbours.other[:, None], neighbours.shift], 1).tolist()
+    assert {(i, j, *s) for i, j, *s in pairs} == {(j, i, *(-x for x in s)) for i, j, *s in pairs}
+
+
+def test_list_of_a_frame_depends_on_nothing_else(threads):
+    frames = random_frames(np.random.default_rng(6), 12)
+    together = Structures.from_frames(frames, ["Al"])
+    threads(3)
+    joined = find_neighbours(together, 4.5)
+    threads(1)
+    first = 0
+    for frame in frames:
+        alone = find_neighbours(Structures.from_frames([frame], ["Al"]), 4.5)
+        pairs = slice(int(joined.row[first]), int(joined.row[first + frame.n_atoms]))
+        assert torch.equal(joined.other[pairs] - first, alone.other)
+        assert torch.equal(joined.shift[pairs], alone.shift)
+        first += frame.n_atoms
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_pair_vectors_are_differences_of_images(dtype, threads):
+    threads(2)
+    structures = Structures.from_frames(random_frames(np.random.default_rng(7), 9), ["Al"], dtype)
+    neighbours = find_neighbours(structures, 5.0)
+    positions, cell = structures.positions.double().numpy(), structures.cell.double().numpy()
+    turns = np.einsum("ek,ekx->ex", neighbours.shift.numpy(), cell[structures.frame_of_atom[neighbours.centre].numpy()])
+    expected = positions[neighbours.other] + turns - positions[neighbours.centre]
+    vectors = pair_vectors(structures, neighbours)
+    assert vectors.dtype == dtype
+    # Positions and shifts are up to 30 A, so float32 rounds to some 1e-6 A.
+    assert np.abs(vectors.double().numpy() - expected).max() < (1e-12 if dtype == torch.float64 else 1e-5)
+
+
+def test_cells_without_volume_and_positions_that_are_not_finite_are_refused_by_number():
+    sound = Frame([13], np.zeros((1, 3)), np.eye(3) * 4.0, np.ones(3, dtype=bool))
+    structures = Structures.from_frames([sound, sound], ["Al"])
+    flat = replace(structures, cell=structures.cell.clone())
+    flat.cell[1, 2] = flat.cell[1, 0] + flat.cell[1, 1]
+    with pytest.raises(ValueError, match="frame 1 of the batch: its periodic axes span no volume"):
+        find_neighbours(flat, 3.0)
+    for value in (float("nan"), float("inf"), 1e30):
+        lost = replace(structures, positions=structures.positions.clone())
+        lost.positions[1, 2] = value
+        with pytest.raises(ValueError, match="frame 1 of the batch: positions or cell are not finite"):
+            find_neighbours(lost, 3.0)
+    lost = replace(structures, cell=structures.cell * torch.tensor([1.0, float("nan")])[:, None, None])
+    with pytest.raises(ValueError, match="frame 1 of the batch: positions or cell are not finite"):
+        find_neighbours(lost, 3.0)
 
 
 def test_atoms_on_a_perfect_lattice_and_on_cell_borders_are_all_found():

@@ -8,9 +8,9 @@ from ase.build import bulk
 from ase.neighborlist import neighbor_list
 from sampler_models import SoftSpheres, Trap, atoms_at_sites, constant_conditions, fcc_frame, from_sites, walker
 
-from potential.neighbours import find_neighbours
+from potential.neighbours import find_neighbours, shortest_distances
 from sampler.batch import Walker, join, start_batch
-from sampler.dynamics import Dynamics, committee_spreads, shortest_distances
+from sampler.dynamics import Dynamics, committee_spreads
 from sampler.schedules import Schedule
 from shards.frame import Frame
 from shards.schema import AMU_eV_fs2_A2, BOLTZMANN_eV_K
@@ -29,7 +29,7 @@ def start(model, settings, *frames):
 
 def total_energy(model, batch):
     kinetic = AMU_eV_fs2_A2 / 2 * (batch.velocities.square() / batch.inverse_mass).sum()
-    return float(kinetic + model.evaluate(batch.structures(torch.float64)).energy_members[0].sum())
+    return float(kinetic + model.evaluate(batch.structures).energy_members[0].sum())
 
 
 def test_each_walker_has_the_maxwell_boltzmann_distribution_of_its_temperature():
@@ -149,9 +149,7 @@ def test_shortest_distance_is_found_across_boundaries_and_between_images_of_one_
     atoms.set_cell(atoms.cell.array @ np.array([[1, 0.3, 0], [0, 1, 0.2], [0, 0, 0.9]]), scale_atoms=True)
     sheared = Frame(atoms.numbers, atoms.positions, atoms.cell.array, atoms.pbc)
     frames = [boundary, itself, free, sheared]
-    structures = start_batch([walker(1, f, constant_conditions()) for f in frames], ("Al",), "cpu").structures(
-        torch.float64
-    )
+    structures = start_batch([walker(1, f, constant_conditions()) for f in frames], ("Al",), "cpu").structures
     expected = [0.3, 2.5, np.inf, neighbor_list("d", Atoms(atoms), 4.0).min()]
     assert shortest_distances(structures, find_neighbours(structures, 4.0)).numpy() == pytest.approx(expected)
 
@@ -160,8 +158,8 @@ def test_spreads_are_standard_deviations_over_members():
     settings = constant_conditions()
     frames = [atoms_at_sites(3), atoms_at_sites(5)]
     batch = start_batch([walker(1, f, settings) for f in frames], ("H", "Al"), "cpu")
-    batch.positions = torch.randn(8, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    structures = batch.structures(torch.float64)
+    batch.positions.copy_(torch.randn(8, 3, generator=torch.Generator().manual_seed(1)))
+    structures = batch.structures
     evaluation = Trap(disagreement=0.7).evaluate(structures, forces="members")
     _, mean, largest = committee_spreads(evaluation, structures)
     parts = [0.7 * from_sites(batch.positions[rows]).abs() for rows in batch.rows]

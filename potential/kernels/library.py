@@ -1,0 +1,112 @@
+"""Where is the library of C++ kernels, how are its functions called, and which instruction set do they use?
+
+The library has a plain C interface and is built beside this file at installation. SMELT_SIMD=plain|avx2|avx512 forces
+an instruction set, for tests; otherwise the best one of the processor is used.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import sysconfig
+from pathlib import Path
+
+__all__ = ["LEVELS", "AevShape", "Motion", "Networks", "available", "best_level", "level", "library"]
+
+LIBRARY = Path(__file__).with_name(f"_aev{sysconfig.get_config_var('EXT_SUFFIX')}")
+LEVELS = ("plain", "avx2", "avx512")
+
+
+class AevShape(ctypes.Structure):
+    """AevShape of aev.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_double) for name in ("radial_cutoff", "angular_cutoff", "eta_radial", "eta_angular", "zeta")),
+        *((name, ctypes.c_int64) for name in ("n_species", "n_radial", "n_angular_radial", "n_angular")),
+        *(
+            (name, ctypes.POINTER(ctypes.c_double))
+            for name in ("radial_shifts", "angular_shifts", "angle_cos", "angle_sin")
+        ),
+    )
+
+
+class Networks(ctypes.Structure):
+    """NetworksJob of networks.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("n_members", "n_layers", "n_rows", "n_atoms")),
+        ("widths", ctypes.POINTER(ctypes.c_int64)),
+        *((name, ctypes.POINTER(ctypes.c_void_p)) for name in ("weights", "biases")),
+        ("celu_alpha", ctypes.c_double),
+        *((name, ctypes.c_void_p) for name in ("atoms", "aev", "energies", "gradient")),
+        ("mean", ctypes.c_int64),
+    )
+
+
+class Motion(ctypes.Structure):
+    """MotionJob of motion.h."""
+
+    _fields_ = (
+        ("n_atoms", ctypes.c_int64),
+        *(
+            (name, ctypes.c_void_p)
+            for name in (
+                "positions",
+                "velocities",
+                "forces",
+                "inverse_mass",
+                "noise_scale",
+                "frame",
+                "first",
+                "key",
+                "step",
+            )
+        ),
+        *((name, ctypes.c_double) for name in ("push", "half_step", "damping")),
+    )
+
+
+def available() -> bool:
+    """Whether the C++ kernels were built and can be loaded."""
+    try:
+        library()
+    except (OSError, AttributeError):  # not built, or built from older sources
+        return False
+    return True
+
+
+def level() -> int:
+    """The instruction set to use, as a position in LEVELS."""
+    best, forced = best_level(), os.environ.get("SMELT_SIMD", "")
+    if not forced:
+        return best
+    if forced not in LEVELS[: best + 1]:
+        raise ValueError(f"SMELT_SIMD = {forced!r}: this processor has {', '.join(LEVELS[: best + 1])}")
+    return LEVELS.index(forced)
+
+
+@functools.cache
+def best_level() -> int:
+    level: int = library().smelt_level()
+    return level
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    loaded = ctypes.CDLL(str(LIBRARY))
+    integer, long, pointer = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
+    loaded.smelt_find_neighbours.restype = pointer
+    loaded.smelt_find_neighbours.argtypes = [integer, long, *[pointer] * 4, ctypes.c_double, *[pointer] * 3]
+    loaded.smelt_take_neighbours.argtypes = [pointer, integer, *[pointer] * 4]
+    loaded.smelt_pair_vectors.argtypes = [*[integer] * 3, long, *[pointer] * 7]
+    loaded.smelt_moved.restype = long
+    loaded.smelt_moved.argtypes = [integer, long, *[pointer] * 6]
+    loaded.smelt_shortest.argtypes = [integer, integer, long, *[pointer] * 7]
+    loaded.smelt_normals.argtypes = [integer, ctypes.POINTER(Motion), pointer]
+    loaded.smelt_drift.argtypes = [integer, ctypes.POINTER(Motion)]
+    loaded.smelt_kick.argtypes = [integer, ctypes.POINTER(Motion), ctypes.c_double]
+    loaded.smelt_pairs.argtypes = [*[integer] * 3, *[long] * 3, *[pointer] * 4]
+    loaded.smelt_networks.argtypes = [*[integer] * 3, ctypes.POINTER(Networks)]
+    loaded.smelt_aev.argtypes = [*[integer] * 4, ctypes.POINTER(AevShape), *[long] * 3, *[pointer] * 5]
+    return loaded
