@@ -31,10 +31,17 @@ def _fractions(table: dict[str, float]) -> dict[str, float]:
     return table
 
 
+def _weights(table: dict[str, float]) -> dict[str, float]:
+    if not sum(table.values()) > 0:
+        raise ValueError("at least one weight must be above 0")
+    return table
+
+
 def _composition_form(value: Any) -> str:
     return "word" if isinstance(value, str) else "fractions"
 
 
+Kind = Literal["conformer", "normal_modes", "torsion", "dimer", "cluster"]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 PositiveRange = Annotated[tuple[Positive, Positive], AfterValidator(_ascending)]
@@ -75,8 +82,25 @@ class MoleculeSettings(Settings):
     """Accept molecules that are charged or have unpaired electrons. The potential sees neither, so that the same
     geometry with another charge is noise to it: only for campaigns of one kind of them."""
 
+    kinds: Annotated[dict[Kind, NotNegative], AfterValidator(_weights)] = Field(
+        default={"conformer": 1.0, "normal_modes": 4.0}
+    )
+    """How often each kind of geometry is made, relative to each other: "conformer", "normal_modes", "torsion" (a
+    single bond turned to a random angle), "dimer", "cluster". All begin at minima of a force field."""
+
     displacement_A: NotNegative = 0.05
-    """Standard deviation of each coordinate around a conformer at a minimum of a force field, A."""
+    """Standard deviation of the coordinates in all kinds but normal_modes, A."""
+
+    temperature_K: Range = (100.0, 1000.0)
+    """Range of the temperature whose harmonic motion along the normal modes is drawn, K. Published: 600."""
+
+    contact: PositiveRange = (0.65, 1.5)
+    """Range of the closest contact in dimers and clusters, in sums of van der Waals radii; hydrogen bonds: 0.7."""
+
+    cluster_size: Annotated[
+        tuple[Annotated[int, Field(ge=2, le=100)], Annotated[int, Field(ge=2, le=100)]], AfterValidator(_ascending)
+    ] = (3, 5)
+    """Range of the number of molecules in a cluster."""
 
     test_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """Share of scaffolds (of acyclic molecules: formulas) set aside: no molecule of them, nor one of equal formula, is

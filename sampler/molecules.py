@@ -1,4 +1,4 @@
-"""Which molecules are there to learn from, and what does one of them look like in space? RDKit's only home.
+"""Which molecules are there to learn from? SMILES in, a library and single conformers out.
 
 A list of SMILES becomes a library: checked, cut into fragments where asked for, thinned, and split so that a molecule
 for testing shares neither its formula nor its ring scaffold with any molecule for training.
@@ -15,14 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from sampler.config import MoleculeSettings
-from sampler.streams import Purpose, open_stream
-from shards.frame import Frame, Origin
 from shards.settings import SettingsError
 
-__all__ = ["EmbeddingError", "Molecule", "draw_molecule", "molecule_frame", "parse_molecule", "read_library", "split"]
+__all__ = ["EmbeddingError", "Molecule", "conformer", "draw_molecule", "parse_molecule", "read_library", "split"]
 
 N_EMBEDDINGS = 3
 MMFF_STEPS = 500
@@ -132,33 +129,12 @@ def draw_molecule(library: Sequence[Molecule], stream: np.random.Generator) -> M
     return size[int(stream.integers(len(size)))]
 
 
-def molecule_frame(library: Sequence[Molecule], settings: MoleculeSettings, seed: int) -> Frame:
-    """Draw a molecule in one of its conformers, its atoms displaced; the same seed gives the same frame.
-
-    Raises:
-        EmbeddingError
-    """
-    stream = open_stream(seed, Purpose.CELL)
-    molecule = draw_molecule(library, stream)
-    numbers, positions = embed(molecule, stream)
-    positions = positions + settings.displacement_A * stream.standard_normal(positions.shape)
-    origin = Origin(kind="bootstrap", seed=seed)
-    return Frame(numbers, positions, charge=molecule.charge, spin=molecule.spin, origin=origin)
-
-
-def embed(molecule: Molecule, stream: np.random.Generator) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """A conformer at a minimum of a force field: numbers (n_atoms,), positions (n_atoms, 3), A.
-
-    Raises:
-        EmbeddingError
-    """
-    mol = conformer(molecule, stream)
-    numbers = np.array([atom.GetAtomicNum() for atom in mol.GetAtoms()])
-    return numbers, np.array(mol.GetConformer().GetPositions())
-
-
 def conformer(molecule: Molecule, stream: np.random.Generator) -> Any:
-    """The molecule as RDKit's, hydrogen included, with one random conformer."""
+    """The molecule as RDKit's, hydrogen included, with one random conformer at a minimum of a force field.
+
+    Raises:
+        EmbeddingError
+    """
     from rdkit import Chem, rdBase
     from rdkit.Chem import rdDistGeom, rdForceFieldHelpers
 

@@ -7,7 +7,8 @@ from functools import partial
 
 from sampler.builder import check_builder, random_frame
 from sampler.config import BuilderSettings
-from sampler.molecules import molecule_frame, read_library
+from sampler.geometries import molecule_frame
+from sampler.molecules import read_library
 from shards.frame import Frame
 
 __all__ = ["open_starts"]

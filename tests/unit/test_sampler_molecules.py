@@ -4,6 +4,7 @@ from importlib.util import find_spec
 
 import numpy as np
 import pytest
+from ase.data import vdw_radii
 from ase.neighborlist import natural_cutoffs, neighbor_list
 from typer.testing import CliRunner
 
@@ -13,10 +14,12 @@ from potential.committee import Committee
 from potential.config import PotentialSettings
 from potential.model_file import save_committee
 from sampler.config import BuilderSettings, MoleculeSettings, SamplerSettings
-from sampler.molecules import draw_molecule, fragments, molecule_frame, parse_molecule, read_library, split
+from sampler.geometries import molecule_frame, normal_modes
+from sampler.molecules import conformer, draw_molecule, fragments, parse_molecule, read_library, split
 from sampler.stage import build, sample
 from shards.atoms import to_atoms
 from shards.reader import open_shard
+from shards.schema import BOLTZMANN_eV_K, KCAL_MOL_eV
 from shards.settings import SettingsError
 
 pytestmark = pytest.mark.skipif(find_spec("rdkit") is None, reason="RDKit is not installed")
@@ -27,7 +30,7 @@ SMILES = (*ACYCLIC, "C1CC1", "C1CO1", "CC1CC1")
 
 
 def settings_of(**fields):
-    return MoleculeSettings(**({"smiles": SMILES} | fields))
+    return MoleculeSettings(**({"smiles": SMILES, "kinds": {"conformer": 1.0}} | fields))
 
 
 def library_of(**fields):
@@ -40,7 +43,7 @@ def library_of(**fields):
 def test_frame_has_the_atoms_the_charge_and_the_bonds_of_its_smiles(smiles):
     from rdkit import Chem
 
-    settings = MoleculeSettings(smiles=(smiles,), ions_and_radicals=True, displacement_A=0.02, test_fraction=0)
+    settings = settings_of(smiles=(smiles,), ions_and_radicals=True, displacement_A=0.02, test_fraction=0)
     frame = molecule_frame(read_library(ELEMENTS, settings), settings, seed=3)
     graph = Chem.AddHs(Chem.MolFromSmiles(parse_molecule(smiles).smiles))
     assert frame.numbers.tolist() == [atom.GetAtomicNum() for atom in graph.GetAtoms()]
@@ -62,7 +65,7 @@ def test_frame_depends_on_its_seed_alone():
 
 
 def test_conformers_of_a_flexible_molecule_differ_beyond_their_displacement():
-    settings = MoleculeSettings(smiles=("OCCCCO",), displacement_A=0.0, test_fraction=0)
+    settings = settings_of(smiles=("OCCCCO",), displacement_A=0.0, test_fraction=0)
     library = read_library(ELEMENTS, settings)
     ends = [molecule_frame(library, settings, seed).positions[[0, 5]] for seed in range(12)]
     lengths = [np.linalg.norm(first - last) for first, last in ends]
@@ -99,6 +102,77 @@ def test_the_parts_of_a_library_are_disjoint_and_the_test_part_comes_from_the_co
 
     assert counts <= formulas(test)
     assert not counts & formulas(train)
+
+
+@pytest.mark.parametrize(("smiles", "n_modes"), [("O", 3), ("O=C=O", 4), ("[H][H]", 1), ("CCO", 21)])
+def test_normal_modes_are_harmonic_and_as_many_as_there_are_inner_motions(smiles, n_modes):
+    from rdkit.Chem import rdForceFieldHelpers
+
+    mol = conformer(parse_molecule(smiles), np.random.default_rng(0))
+    stiffness, modes = normal_modes(mol)
+    assert modes.shape == (n_modes, mol.GetNumAtoms(), 3)
+    np.testing.assert_allclose(np.linalg.norm(modes, axis=(1, 2)), 1.0)
+    # Along the stiffest mode the energy rises by k a^2 / 2; 0.005 A is small enough for the third order to vanish.
+    fields = rdForceFieldHelpers
+    if fields.MMFFHasAllMoleculeParams(mol):
+        field = fields.MMFFGetMoleculeForceField(mol, fields.MMFFGetMoleculeProperties(mol))
+    else:
+        field = fields.UFFGetMoleculeForceField(mol)
+    start, step = np.array(mol.GetConformer().GetPositions()), 0.005 * modes[-1]
+    before, middle, after = (field.CalcEnergy((start + k * step).ravel().tolist()) for k in (-1, 0, 1))
+    assert (after + before - 2 * middle) * KCAL_MOL_eV == pytest.approx(stiffness[-1] * 0.005**2, rel=0.01)
+
+
+def test_normal_modes_have_the_energy_of_their_temperature():
+    """Harmonic motion has k T / 2 per mode; water in MMFF is nearly harmonic at 50 K."""
+    settings = settings_of(smiles=("O",), kinds={"normal_modes": 1.0}, temperature_K=(50.0, 50.0), test_fraction=0)
+    library = read_library(ELEMENTS, settings)
+    mol = conformer(library[0], np.random.default_rng(0))
+    from rdkit.Chem import rdForceFieldHelpers as Fields
+
+    field = Fields.MMFFGetMoleculeForceField(mol, Fields.MMFFGetMoleculeProperties(mol))
+    lowest = field.CalcEnergy()
+    frames = [molecule_frame(library, settings, seed) for seed in range(300)]
+    energies = [field.CalcEnergy(frame.positions.ravel().tolist()) - lowest for frame in frames]
+    expected = 3 * 0.5 * BOLTZMANN_eV_K * 50.0 / KCAL_MOL_eV
+    # The mean of 300 draws of three squares scatters by sqrt(2 / 900) = 5 %.
+    assert np.mean(energies) == pytest.approx(expected, rel=0.2)
+
+
+def test_torsions_turn_a_bond_and_keep_bond_lengths():
+    settings = settings_of(smiles=("OCCO",), kinds={"torsion": 1.0}, displacement_A=0.0, test_fraction=0)
+    frames = [molecule_frame(read_library(ELEMENTS, settings), settings, seed) for seed in range(30)]
+    lengths = [np.linalg.norm(frame.positions[1] - frame.positions[2]) for frame in frames]
+    assert max(lengths) - min(lengths) < 0.05
+    angles = np.array([to_atoms(frame).get_dihedral(0, 1, 2, 3) for frame in frames])
+    assert len(np.unique(np.round(angles / 30))) > 5
+
+
+@pytest.mark.parametrize(("kind", "sizes"), [("dimer", {2}), ("cluster", {3, 4})])
+def test_neighbours_touch_as_closely_as_asked(kind, sizes):
+    settings = settings_of(
+        smiles=("O",), kinds={kind: 1.0}, displacement_A=0.0, contact=(0.8, 0.8), cluster_size=(3, 4), test_fraction=0
+    )
+    library = read_library(ELEMENTS, settings)
+    frames = [molecule_frame(library, settings, seed) for seed in range(12)]
+    assert {frame.n_atoms // 3 for frame in frames} == sizes
+    for frame in frames:
+        molecule_of_atom = np.arange(frame.n_atoms) // 3
+        distances = np.linalg.norm(frame.positions[:, None] - frame.positions, axis=2)
+        radii = vdw_radii[frame.numbers]
+        relative = distances / (radii[:, None] + radii)
+        others = molecule_of_atom[:, None] != molecule_of_atom
+        assert relative[others].min() == pytest.approx(0.8)
+        touching = [(relative[k * 3 : k * 3 + 3][:, molecule_of_atom < k]).min() for k in range(1, frame.n_atoms // 3)]
+        assert touching == pytest.approx([0.8] * len(touching))
+
+
+def test_kinds_are_mixed_by_their_weights():
+    settings = settings_of(smiles=("O",), kinds={"conformer": 3.0, "dimer": 1.0, "torsion": 0.0}, test_fraction=0)
+    library = read_library(ELEMENTS, settings)
+    n_dimers = sum(molecule_frame(library, settings, seed).n_atoms == 6 for seed in range(200))
+    # 50 expected, with a standard deviation of 6.
+    assert 30 < n_dimers < 70
 
 
 def test_fragments_of_ethyl_acetate_are_its_connected_parts():
