@@ -162,15 +162,22 @@ def simulate(
 def build(
     config: Config,
     dest: Annotated[Path, typer.Argument(metavar="DEST", help="The shard of frames to write.")],
-    frames: Annotated[int, typer.Option(help="How many random cells.", min=1)] = 100,
+    frames: Annotated[int, typer.Option(help="How many frames.", min=1)] = 100,
     seed: Seed = 0,
+    test: Annotated[bool, typer.Option("--test", help="Of molecules that the campaign never samples.")] = False,
 ) -> None:
-    """Make random cells, as a campaign starts from."""
+    """Make random cells or molecules, as a campaign starts from."""
     from campaign.config import load_campaign
     from sampler.stage import build as stage
 
     settings = load_campaign(config)
-    _report(stage(settings.campaign.elements, settings.builder, frames, seed, dest))
+    builder = settings.builder
+    if test:
+        if not builder.molecules.given:
+            raise SettingsError("--test: only molecules are set aside by kind; builder.molecules names none")
+        molecules = builder.molecules.model_copy(update={"part": "test"})
+        builder = builder.model_copy(update={"molecules": molecules})
+    _report(stage(settings.campaign.elements, builder, frames, seed, dest))
 
 
 @app.command()

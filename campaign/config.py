@@ -114,7 +114,11 @@ class CampaignConfig(Settings):
 
 def load_campaign(path: Path) -> CampaignConfig:
     """Raises SettingsError: no such file, not TOML, or any fault in it; one line per fault."""
-    return parse_campaign(read_toml(path))
+    table = read_toml(path)
+    molecules = table.get("builder", {}).get("molecules", {})
+    if isinstance(molecules, dict) and isinstance(molecules.get("file"), str):
+        molecules["file"] = str((path.parent / molecules["file"]).absolute()) if molecules["file"] else ""
+    return parse_campaign(table)
 
 
 def parse_campaign(table: dict[str, Any]) -> CampaignConfig:

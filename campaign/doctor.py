@@ -12,9 +12,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ase import Atoms
 from rich.console import Console
 from rich.text import Text
 
+from labeler.config import LabelerSettings
 from labeler.engine import MissingEngine
 from trainer.launch import DEFAULT_LAUNCHER, rank_environment
 
@@ -143,23 +145,39 @@ def _ase(scratch: Path) -> str:
 def _gpaw(scratch: Path) -> str:
     from ase.build import bulk
 
-    from labeler.config import GpawSettings, LabelerSettings
-    from labeler.stage import label, level
-    from shards import open_shard, write_frames
-    from shards.atoms import from_atoms
+    from labeler.config import GpawSettings
+    from labeler.stage import level
 
     cheap = GpawSettings(cutoff_eV=150.0, kpoint_spacing_per_A=1.0)
     settings = LabelerSettings(gpaw=cheap, time_limit_min=PATIENCE_S / 60)
     data = len(level(settings, ["Al"]).data)
-    frames = write_frames(scratch / "frames.h5", [from_atoms(bulk("Al", cubic=True))])
-    outcome = label(Path(frames.path), [0], settings, ["Al"], scratch / "labels", scratch)
-    failures = [failure["message"] for failure in outcome.facts.get("failures", {}).values()]
-    if outcome.failure or failures:
-        raise PartError(outcome.failure.message if outcome.failure else failures[0])
-    result = open_shard(Path(outcome.receipts[0].path)).label(0)
-    return (
-        f"{_version('gpaw')}, {data} PAW data set, {result.energy:.2f} eV for 4 atoms of Al in {result.seconds:.1f} s"
+    return f"{_version('gpaw')}, {data} PAW data set, {_labeled(settings, bulk('Al', cubic=True), scratch)}"
+
+
+def _pyscf(scratch: Path) -> str:
+    from ase.build import molecule
+
+    from labeler.config import PyscfSettings
+
+    cheap = PyscfSettings(functional="lda,vwn", basis="sto-3g")
+    settings = LabelerSettings(engine="pyscf", pyscf=cheap, time_limit_min=PATIENCE_S / 60)
+    return f"{_version('pyscf')}, {_labeled(settings, molecule('H2O'), scratch)}"
+
+
+def _tblite(scratch: Path) -> str:
+    from ase.build import molecule
+
+    settings = LabelerSettings(
+        engine="tblite.ase.TBLite", arguments={"method": "GFN2-xTB", "verbosity": 0}, time_limit_min=PATIENCE_S / 60
     )
+    return f"{_version('tblite')}, {_labeled(settings, molecule('H2O'), scratch)}"
+
+
+def _rdkit(scratch: Path) -> str:
+    from rdkit import Chem
+
+    n_atoms = Chem.AddHs(Chem.MolFromSmiles("CO")).GetNumAtoms()
+    return f"{_version('rdkit')}, counts {n_atoms} atoms in methanol"
 
 
 def _parsl(scratch: Path) -> str:
@@ -207,6 +225,21 @@ def _output(command: Sequence[str], environment: dict[str, str] | None = None) -
     return done.stdout.strip()
 
 
+def _labeled(settings: LabelerSettings, atoms: Atoms, scratch: Path) -> str:
+    """What a label costs and says, sent through the labeler as any other."""
+    from labeler.stage import label
+    from shards import open_shard, write_frames
+    from shards.atoms import from_atoms
+
+    frames = write_frames(scratch / "frames.h5", [from_atoms(atoms)])
+    outcome = label(Path(frames.path), [0], settings, sorted(set(atoms.symbols)), scratch / "labels", scratch)
+    failures = [failure["message"] for failure in outcome.facts.get("failures", {}).values()]
+    if outcome.failure or failures:
+        raise PartError(outcome.failure.message if outcome.failure else failures[0])
+    result = open_shard(Path(outcome.receipts[0].path)).label(0)
+    return f"{result.energy:.2f} eV for {atoms.symbols} in {result.seconds:.1f} s"
+
+
 def _version(package: str) -> str:
     return importlib.metadata.version(package)
 
@@ -221,6 +254,9 @@ PARTS = (
     Part("HDF5", _h5py),
     Part("ASE", _ase),
     Part("GPAW", _gpaw, needed=False, remedy='needed for labeler.engine = "gpaw" only'),
+    Part("PySCF", _pyscf, needed=False, remedy="needed for molecules only"),
+    Part("tblite", _tblite, needed=False, remedy="needed for GFN2-xTB labels only"),
+    Part("RDKit", _rdkit, needed=False, remedy="needed to build molecules from SMILES only"),
     Part("Parsl", _parsl),
     Part("scratch", _scratch),
 )

@@ -110,9 +110,9 @@ def run_campaign(
 def _check_environment(config: CampaignConfig) -> str:
     """Find out before anything starts what would fail every task. Returns the digest of the level of theory."""
     from labeler.stage import level
-    from sampler.builder import check_builder
+    from sampler.starts import open_starts
 
-    check_builder(config.campaign.elements, config.builder)
+    open_starts(config.campaign.elements, config.builder)
     return level(config.labeler, config.campaign.elements).digest
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,9 @@ def answer_fault(answer: Answer, n_atoms: int, settings: LabelerSettings) -> str
             return f"{name} of shape {array.shape}: must be {shape}"
         if array is not None and not np.isfinite(array).all():
             return f"{name} not finite"
+    for name, value in answer.ingredients.items():
+        if not math.isfinite(value):
+            return f"ingredient {name} = {value}: not finite"
     per_atom = abs(answer.energy) / n_atoms
     if not per_atom <= settings.max_energy_eV_per_atom:
         return (

@@ -21,9 +21,11 @@ from typing import Any
 import numpy as np
 
 from labeler.ase_engine import AseEngine
+from labeler.composite_engine import CompositeEngine
 from labeler.config import LabelerSettings
 from labeler.engine import Answer, Engine, NotConverged
 from labeler.gpaw_engine import GpawEngine
+from labeler.pyscf_engine import PyscfEngine
 from shards.frame import Frame
 from shards.outcome import FailureClass
 from shards.settings import parse_settings
@@ -47,6 +49,10 @@ class Report:
 def engine_of(settings: LabelerSettings) -> Engine:
     if settings.engine == "gpaw":
         return GpawEngine(settings.gpaw)
+    if settings.engine == "pyscf":
+        return PyscfEngine(settings.pyscf, settings.memory_limit_GB)
+    if settings.engine == "composite":
+        return CompositeEngine(settings.composite, settings.memory_limit_GB)
     dotted = "ase.calculators.emt.EMT" if settings.engine == "emt" else settings.engine
     return AseEngine(settings.engine, dotted, settings.arguments)
 

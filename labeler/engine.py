@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -29,7 +29,8 @@ class Answer:
     """What a code said about one frame, unchecked.
 
     energy: eV, consistent with the forces. energy_extrapolated: eV, at zero smearing, NaN where there is none.
-    forces: (n_atoms, 3), eV/A, and stress: (3, 3), eV/A^3, tension positive; None when not computed.
+    forces: (n_atoms, 3), eV/A, and stress: (3, 3), eV/A^3, tension positive; None when not computed. ingredients: eV,
+    by name, what a composite energy is put together from.
     """
 
     energy: float
@@ -37,6 +38,7 @@ class Answer:
     stress: NDArray[np.float64] | None
     energy_extrapolated: float = float("nan")
     scf_steps: int = 0
+    ingredients: Mapping[str, float] = field(default_factory=dict)
 
 
 class Engine(Protocol):

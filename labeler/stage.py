@@ -247,4 +247,5 @@ def _label(answer: Answer, frame: Frame, seconds: float) -> Label:
         seconds=seconds,
         host=socket.gethostname(),
         scf_steps=answer.scf_steps,
+        ingredients=answer.ingredients,
     )

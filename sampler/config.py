@@ -9,7 +9,7 @@ from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
 
 from shards.settings import Settings
 
-__all__ = ["BuilderSettings", "SamplerSettings"]
+__all__ = ["BuilderSettings", "MoleculeSettings", "SamplerSettings"]
 
 
 def _ascending(value: tuple[Any, Any]) -> tuple[Any, Any]:
@@ -31,10 +31,17 @@ def _fractions(table: dict[str, float]) -> dict[str, float]:
     return table
 
 
+def _weights(table: dict[str, float]) -> dict[str, float]:
+    if not sum(table.values()) > 0:
+        raise ValueError("at least one weight must be above 0")
+    return table
+
+
 def _composition_form(value: Any) -> str:
     return "word" if isinstance(value, str) else "fractions"
 
 
+Kind = Literal["conformer", "normal_modes", "torsion", "dimer", "cluster"]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 PositiveRange = Annotated[tuple[Positive, Positive], AfterValidator(_ascending)]
@@ -47,6 +54,64 @@ Composition = Annotated[
     Annotated[Literal["random"], Tag("word")] | Annotated[Fractions, Tag("fractions")],
     Discriminator(_composition_form),
 ]
+
+
+class MoleculeSettings(Settings):
+    """Molecules to start from, in place of random cells."""
+
+    smiles: tuple[str, ...] = ()
+    """The molecules, as SMILES, one connected molecule each. With none here and no `file`, random cells are built."""
+
+    file: str = ""
+    """More molecules: a text file whose lines begin with a SMILES (.smi), or an .sdf. A relative path is seen from the
+    configuration's folder. Only who is bonded to whom is taken from it."""
+
+    n_heavy: Annotated[
+        tuple[Annotated[int, Field(ge=0, le=100)], Annotated[int, Field(ge=0, le=100)]], AfterValidator(_ascending)
+    ] = (0, 8)
+    """Range of the number of atoms that are not hydrogen; other molecules are left out. Start small and let a later
+    campaign grow: the cost of a label grows with the third (density functional) to seventh power (CCSD(T)) of it."""
+
+    fragments: bool = False
+    """Cut molecules that are too large into all their connected parts that are not, capped with hydrogen."""
+
+    per_size: Annotated[int, Field(ge=0)] = 0
+    """Keep at most so many molecules of each number of heavy atoms, a random choice that stays as it is. 0: all."""
+
+    ions_and_radicals: bool = False
+    """Accept molecules that are charged or have unpaired electrons. The potential sees neither, so that the same
+    geometry with another charge is noise to it: only for campaigns of one kind of them."""
+
+    kinds: Annotated[dict[Kind, NotNegative], AfterValidator(_weights)] = Field(
+        default={"conformer": 1.0, "normal_modes": 4.0}
+    )
+    """How often each kind of geometry is made, relative to each other: "conformer", "normal_modes", "torsion" (a
+    single bond turned to a random angle), "dimer", "cluster". All begin at minima of a force field."""
+
+    displacement_A: NotNegative = 0.05
+    """Standard deviation of the coordinates in all kinds but normal_modes, A."""
+
+    temperature_K: Range = (100.0, 1000.0)
+    """Range of the temperature whose harmonic motion along the normal modes is drawn, K. Published: 600."""
+
+    contact: PositiveRange = (0.65, 1.5)
+    """Range of the closest contact in dimers and clusters, in sums of van der Waals radii; hydrogen bonds: 0.7."""
+
+    cluster_size: Annotated[
+        tuple[Annotated[int, Field(ge=2, le=100)], Annotated[int, Field(ge=2, le=100)]], AfterValidator(_ascending)
+    ] = (3, 5)
+    """Range of the number of molecules in a cluster."""
+
+    test_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Share of scaffolds (of acyclic molecules: formulas) set aside: no molecule of them, nor one of equal formula, is
+    ever sampled. `smelt build --test` makes frames of them."""
+
+    part: Literal["train", "test"] = "train"
+    """Which molecules are built: "test" only to make a test set."""
+
+    @property
+    def given(self) -> bool:
+        return bool(self.smiles or self.file)
 
 
 class BuilderSettings(Settings):
@@ -75,6 +140,9 @@ class BuilderSettings(Settings):
     shape_jitter: Annotated[float, Field(ge=0, le=0.3)] = 0.1
     """Random strain of the cubic cell before it is scaled to its density, largest component, dimensionless.
     0 keeps every cell cubic; 0.1 gives mildly triclinic ones, so that shear is in the data from the start."""
+
+    molecules: MoleculeSettings = MoleculeSettings()
+    """Molecules to start from, in place of random cells."""
 
 
 class SamplerSettings(Settings):

@@ -14,12 +14,14 @@ import torch
 
 from potential.model_file import load_committee
 from sampler.batch import Walker
-from sampler.builder import CrowdedCellError, check_builder, random_frame
+from sampler.builder import CrowdedCellError
 from sampler.config import BuilderSettings, SamplerSettings
 from sampler.engine import Tally, run_walkers
+from sampler.molecules import EmbeddingError
 from sampler.schedules import draw_schedule
 from sampler.scoring import fingerprints, measure_spreads
 from sampler.selection import select
+from sampler.starts import open_starts
 from sampler.streams import derive_seed
 from sampler.triggers import TRIGGERS, Verdict, is_wanted
 from shards.frame import Frame
@@ -33,16 +35,16 @@ PROGRESS_EVERY_s = 2.0
 
 
 def build(elements: Sequence[str], settings: BuilderSettings, n_frames: int, seed: int, dest: Path) -> Outcome:
-    """Publish a shard of `n_frames` random cells at `dest`. facts: n_frames, n_atoms.
+    """Publish a shard of `n_frames` random cells or molecules at `dest`. facts: n_frames, n_atoms.
 
     Raises:
         SettingsError: settings that do not fit the elements, or cells too crowded to be built.
     """
-    check_builder(elements, settings)
+    start_of = open_starts(elements, settings)
     clock = Clock()
     try:
-        frames = [random_frame(elements, settings, derive_seed(seed, index)) for index in range(n_frames)]
-    except CrowdedCellError as error:
+        frames = [start_of(derive_seed(seed, index)) for index in range(n_frames)]
+    except (CrowdedCellError, EmbeddingError) as error:
         return Outcome("build", clock.timing(), failure=Failure(FailureClass.GEOMETRY, str(error)))
     receipt = write_frames(dest, frames)
     return Outcome("build", clock.timing(), (receipt,), facts={"n_frames": n_frames, "n_atoms": receipt.n_atoms})
@@ -57,7 +59,7 @@ def sample(
     dest: Path,
     progress: Path | None = None,
 ) -> Outcome:
-    """Run `n_walkers` from random cells on the committee at `model`; publish the frames they leave at `dest`.
+    """Run `n_walkers` from random cells or molecules on the committee at `model`; publish what they leave at `dest`.
 
     The shard may be empty. `progress` is a JSON file, replaced every few seconds while walkers run. facts: what
     `_facts` says, n_frames (published) and n_duplicates (dropped).
@@ -67,12 +69,12 @@ def sample(
     """
     clock = Clock()
     committee = load_committee(model, device=settings.device, dtype=torch.float32)
-    check_builder(committee.elements, builder)
+    start_of = open_starts(committee.elements, builder)
     tally = Tally()
     try:
         with clock.phase("dynamics"):
             ended = run_walkers(
-                _walkers(committee.elements, builder, settings, n_walkers, seed),
+                _walkers(start_of, settings, n_walkers, seed),
                 committee,
                 settings,
                 model_digest=committee.digest,
@@ -80,7 +82,7 @@ def sample(
                 report=_progress_writer(progress, tally, n_walkers),
             )
             candidates = [end.frame for end in ended if end.frame is not None]
-    except CrowdedCellError as error:
+    except (CrowdedCellError, EmbeddingError) as error:
         return Outcome("sample", clock.timing(), failure=Failure(FailureClass.GEOMETRY, str(error)))
     with clock.phase("selection"):
         scores = np.array([frame.origin.force_spread for frame in candidates])
@@ -120,11 +122,11 @@ def rank(model: Path, frames: Sequence[Path], settings: SamplerSettings, known: 
 
 
 def _walkers(
-    elements: Sequence[str], builder: BuilderSettings, settings: SamplerSettings, n_walkers: int, seed: int
+    start_of: Callable[[int], Frame], settings: SamplerSettings, n_walkers: int, seed: int
 ) -> Iterator[Walker]:
     for index in range(n_walkers):
         walker_seed = derive_seed(seed, index)
-        yield Walker(walker_seed, random_frame(elements, builder, walker_seed), draw_schedule(settings, walker_seed))
+        yield Walker(walker_seed, start_of(walker_seed), draw_schedule(settings, walker_seed))
 
 
 def _load(shards: Sequence[Path]) -> list[Frame]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,9 +66,11 @@ class Label:
     energy: eV, the one whose negative gradient the forces are (with smearing: the free energy).
     forces: (n_atoms, 3), eV/A, all NaN when not computed. stress: (3, 3), eV/A^3, tension positive, all NaN when
     not computed. energy_extrapolated: eV, at zero smearing, NaN when not computed. scf_steps: 0 when not applicable.
+    ingredients: eV, by name, what a composite energy is put together from.
 
     Raises:
-        ValueError: a shape that does not fit, an energy that is not finite, forces or stress in part NaN.
+        ValueError: a shape that does not fit, an energy that is not finite, forces or stress in part NaN, an
+            ingredient that is not finite or whose name is not an identifier.
     """
 
     energy: float
@@ -77,6 +80,7 @@ class Label:
     seconds: float = 0.0
     host: str = ""
     scf_steps: int = 0
+    ingredients: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         forces = np.array(self.forces, dtype=np.float64)
@@ -87,6 +91,9 @@ class Label:
             )
         if not np.isfinite(self.energy):
             raise ValueError(f"label: energy = {self.energy}: must be finite")
+        for name, value in self.ingredients.items():
+            if not (name.isidentifier() and np.isfinite(value)):
+                raise ValueError(f"label: ingredient {name!r} = {value}: must be an identifier and a finite energy")
         for name, array in (("forces", forces), ("stress", stress)):
             if not (np.isfinite(array).all() or np.isnan(array).all()):
                 raise ValueError(f"label: {name} must be finite, or all NaN when not computed")

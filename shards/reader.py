@@ -18,6 +18,7 @@ from shards.outcome import Receipt
 from shards.schema import (
     FORMAT,
     FRAMES,
+    INGREDIENT,
     LABELS,
     PARTIAL_SUFFIX,
     VERSION,
@@ -167,6 +168,12 @@ class Shard:
         return self._label_column("stress")
 
     @property
+    def ingredients(self) -> dict[str, NDArray[np.float64]]:
+        """What composite energies are put together from, by name: (n_frames,), eV. Empty where there are none."""
+        start = f"{INGREDIENT}/"
+        return {path.removeprefix(start): column for path, column in self._columns.items() if path.startswith(start)}
+
+    @property
     def labels_level(self) -> Level:
         """The level of theory. Raises WrongKindError for a shard of frames."""
         self._label_column("energy")
@@ -209,6 +216,7 @@ class Shard:
             seconds=float(self._columns["seconds"][i]),
             host=self._columns["host"][i].decode(),
             scf_steps=int(self._columns["scf_steps"][i]),
+            ingredients={name: float(column[i]) for name, column in self.ingredients.items()},
         )
 
     def frames(self) -> Iterator[Frame]:
@@ -284,6 +292,7 @@ class _Header:
     """All that HDF5 is asked for; the rest is read through the map."""
 
     kind: str
+    version: int
     level: str
     digest: str
     n_frames: int
@@ -351,9 +360,9 @@ def _check_version(path: Path, file: h5py.File) -> None:
     if file.attrs.get("format") != FORMAT:
         raise NotAShardError(f"{path}: HDF5, but not a shard; bring other formats in with `smelt convert`")
     version = int(file.attrs["version"])
-    if version != VERSION:
+    if not 1 <= version <= VERSION:
         raise ShardVersionError(
-            f"{path}: shard format version {version}, this program reads {VERSION}; use the release that wrote it"
+            f"{path}: shard format version {version}, this program reads 1 to {VERSION}; use the release that wrote it"
         )
     if "digest" not in file.attrs:
         raise HalfWrittenShardError(f"{path}: half-written: its digest is missing, which is written last; delete it")
@@ -364,13 +373,15 @@ def _parse_header(path: Path, file: h5py.File) -> _Header:
     if kind not in (FRAMES, LABELS):
         raise AlteredShardError(f"{path}: kind {kind!r}: must be {FRAMES} or {LABELS}; {_RESTORE}")
     n_frames, n_atoms = int(file.attrs["n_frames"]), int(file.attrs["n_atoms"])
+    columns = columns_of(kind, file.get(INGREDIENT, ()))
     return _Header(
         kind=kind,
+        version=int(file.attrs["version"]),
         level=str(file.attrs["level"]) if kind == LABELS else "",
         digest=str(file.attrs["digest"]),
         n_frames=n_frames,
         n_atoms=n_atoms,
-        places={column.path: _place(path, file, column, n_frames, n_atoms) for column in columns_of(kind)},
+        places={column.path: _place(path, file, column, n_frames, n_atoms) for column in columns},
     )
 
 
@@ -420,5 +431,5 @@ def _verify(path: Path, header: _Header, columns: dict[str, NDArray[Any]]) -> No
         name: (f"{place.dtype.str}{list(place.shape)}", place.unit, place.checksum)
         for name, place in header.places.items()
     }
-    if content_digest(header.kind, VERSION, header.level, datasets) != header.digest:
+    if content_digest(header.kind, header.version, header.level, datasets) != header.digest:
         raise AlteredShardError(f"{path}: attributes were altered: the digest of the content does not fit; {_RESTORE}")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -22,6 +22,7 @@ __all__ = [
     "COLUMNS",
     "FORMAT",
     "FRAMES",
+    "INGREDIENT",
     "LABELS",
     "PARTIAL_SUFFIX",
     "VERSION",
@@ -50,9 +51,11 @@ AMU_A3_g_cm3: Final = _ATOMIC_MASS_kg * 1e27  # 1 amu/A^3 in g/cm^3
 EV_A3_GPa: Final = _ELEMENTARY_CHARGE_C * 1e21  # 1 eV/A^3 in GPa
 
 FORMAT: Final = "smelt-shard"
-VERSION: Final = 1
+# 2: labels with ingredients. Shards without are written as version 1, which every release reads.
+VERSION: Final = 2
 FRAMES: Final = "frames"
 LABELS: Final = "labels"
+INGREDIENT: Final = "ingredient"
 PARTIAL_SUFFIX: Final = ".partial"
 
 _BOTH = (FRAMES, LABELS)
@@ -103,9 +106,13 @@ COLUMNS: Final = (
 )
 
 
-def columns_of(kind: str) -> tuple[Column, ...]:
-    """Columns that a shard of this kind has."""
-    return tuple(column for column in COLUMNS if kind in column.kinds)
+def columns_of(kind: str, ingredients: Iterable[str] = ()) -> tuple[Column, ...]:
+    """Columns that a shard of this kind has, whose labels have ingredients of these names."""
+    named = (
+        Column(f"{INGREDIENT}/{name}", "<f8", ("n_frames",), "eV", "what the energy is put together from", (LABELS,))
+        for name in ingredients
+    )
+    return (*(column for column in COLUMNS if kind in column.kinds), *named)
 
 
 def canonical_json(value: Any) -> str:

@@ -20,6 +20,7 @@ from shards.reader import ShardError, open_shard
 from shards.schema import (
     FORMAT,
     FRAMES,
+    INGREDIENT,
     LABELS,
     PARTIAL_SUFFIX,
     VERSION,
@@ -51,15 +52,20 @@ def write_labels(path: Path, level: Level, rows: Sequence[tuple[Frame, Label]]) 
     """Publish a shard of labeled frames, all of one level of theory, at `path`.
 
     Raises:
-        ValueError: forces that do not fit their frame, or a value that the schema cannot hold.
+        ValueError: forces that do not fit their frame, labels with different ingredients, or a value that the schema
+            cannot hold.
     """
+    ingredients = sorted(rows[0][1].ingredients) if rows else []
     for row, (frame, label) in enumerate(rows):
         if label.forces.shape != frame.positions.shape:
             raise ValueError(f"row {row}: forces {label.forces.shape} for positions {frame.positions.shape}")
+        if sorted(label.ingredients) != ingredients:
+            raise ValueError(f"row {row}: ingredients {sorted(label.ingredients)}, row 0 has {ingredients}")
     columns = _frame_columns([frame for frame, _ in rows])
     columns |= _label_columns([label for _, label in rows])
+    columns |= {f"{INGREDIENT}/{name}": [label.ingredients[name] for _, label in rows] for name in ingredients}
     columns["position_force"] = _concatenate([np.hstack([f.positions, y.forces]) for f, y in rows], 6)
-    return _publish(Path(path), LABELS, level.to_json(), columns)
+    return _publish(Path(path), LABELS, level.to_json(), columns, ingredients)
 
 
 def merge_labels(path: Path, shards: Sequence[Path]) -> Receipt:
@@ -113,15 +119,16 @@ def _concatenate(arrays: Sequence[NDArray[np.float64]], width: int) -> NDArray[n
     return np.concatenate(arrays) if arrays else np.empty((0, width))
 
 
-def _publish(path: Path, kind: str, level: str, values: dict[str, Any]) -> Receipt:
+def _publish(path: Path, kind: str, level: str, values: dict[str, Any], ingredients: Sequence[str] = ()) -> Receipt:
     """Bring `values` into the form of the schema, write them, and put the file in its place."""
     n_frames, n_atoms = len(values["offset"]) - 1, int(values["offset"][-1])
     columns = {
         column: _encode(column, values[column.path]).reshape(column.dimensions(n_frames, n_atoms))
-        for column in columns_of(kind)
+        for column in columns_of(kind, ingredients)
     }
+    version = VERSION if ingredients else 1
     with _published(path) as partial:
-        digest = _write(partial, kind, level, n_frames, n_atoms, columns)
+        digest = _write(partial, kind, version, level, n_frames, n_atoms, columns)
     return Receipt(
         path=str(path),
         kind=kind,
@@ -171,7 +178,15 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _write(path: Path, kind: str, level: str, n_frames: int, n_atoms: int, columns: dict[Column, NDArray[Any]]) -> str:
+def _write(
+    path: Path,
+    kind: str,
+    version: int,
+    level: str,
+    n_frames: int,
+    n_atoms: int,
+    columns: dict[Column, NDArray[Any]],
+) -> str:
     """Write the HDF5 file and return its digest, which is written last: a file without it is not finished."""
     datasets: dict[str, tuple[str, str, str]] = {}
     # From v110 on HDF5 keeps checksums over its own metadata. No lock: nobody else knows this name yet. Aligned,
@@ -179,7 +194,7 @@ def _write(path: Path, kind: str, level: str, n_frames: int, n_atoms: int, colum
     options = {"libver": ("v110", "v110"), "locking": False, "alignment_threshold": 1, "alignment_interval": 64}
     with h5py.File(path, "w", **options) as file:
         file.attrs["format"] = FORMAT
-        file.attrs["version"] = VERSION
+        file.attrs["version"] = version
         file.attrs["kind"] = kind
         file.attrs["n_frames"] = n_frames
         file.attrs["n_atoms"] = n_atoms
@@ -193,7 +208,7 @@ def _write(path: Path, kind: str, level: str, n_frames: int, n_atoms: int, colum
             dataset.attrs["meaning"] = column.meaning
             dataset.attrs["sha256"] = checksum
             datasets[column.path] = (f"{array.dtype.str}{list(array.shape)}", column.unit, checksum)
-        digest = content_digest(kind, VERSION, level, datasets)
+        digest = content_digest(kind, version, level, datasets)
         file.flush()
         file.attrs["digest"] = digest
     return digest

@@ -164,7 +164,7 @@ def plan(project: dict[str, Any]) -> list[Step]:
     pins, extras = project["project"]["dependencies"], project["project"]["optional-dependencies"]
     horovod = project["tool"]["smelt"]["horovod"]
     torch = [pin for pin in pins if pin.startswith("torch==")]
-    packages = [*pins, *extras["horovod"], *extras["dev"]]
+    packages = [*pins, *extras["molecules"], *extras["horovod"], *extras["dev"]]
     sources = [ROOT / "setup.py", *sorted((ROOT / "potential" / "kernels").glob("*.[ch]*"))]
     distribution = (project["project"], project["tool"]["setuptools"])
     return [

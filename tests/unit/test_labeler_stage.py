@@ -265,7 +265,10 @@ def test_process_that_cannot_start_fails_the_whole_task_at_once(workplace):
 @pytest.mark.parametrize(
     ("table", "message"),
     [
-        ({"engine": "vasp"}, 'engine = \'vasp\': .*must be "gpaw", "emt" or a class by dotted name'),
+        (
+            {"engine": "vasp"},
+            'engine = \'vasp\': .*must be "gpaw", "emt", "pyscf", "composite" or a class by dotted name',
+        ),
         ({"engine": "emt", "arguments": {"x": 1}}, "arguments are for calculators given by dotted name"),
         ({"engine": "emt", "ranks": 2}, "only the gpaw engine runs on several"),
         ({"gpaw": {"cutof_eV": 1}}, "labeler.gpaw.cutof_eV = 1: unknown key; did you mean cutoff_eV"),

@@ -227,7 +227,7 @@ def test_a_half_written_file_is_named(shard: Path) -> None:
         open_shard(shard)
 
 
-@pytest.mark.parametrize("version", [0, 2])
+@pytest.mark.parametrize("version", [0, 3])
 def test_another_version_is_named(shard: Path, version: int) -> None:
     with alter(shard) as file:
         file.attrs["version"] = version
