@@ -5,13 +5,14 @@ An append-only file of JSON lines. A line counts once it ends in a newline. Know
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+import orjson
 
 from campaign.state import EVENTS, Replay, State, replay
 
@@ -31,19 +32,19 @@ def read_events(path: Path) -> Iterator[dict[str, Any]]:
         LedgerError: a line that is not an event, or out of sequence.
     """
     try:
-        file = path.open(encoding="utf-8", newline="\n")
+        file = path.open("rb")
     except FileNotFoundError:
         return
     with file:
         for number, line in enumerate(file, start=1):
-            if not line.endswith("\n"):
+            if not line.endswith(b"\n"):
                 return  # torn by a crash, or still being written
             yield _parse(path, number, line)
 
 
-def _parse(path: Path, number: int, line: str) -> dict[str, Any]:
+def _parse(path: Path, number: int, line: bytes) -> dict[str, Any]:
     try:
-        event = json.loads(line)
+        event = orjson.loads(line)
         if event["event"] not in EVENTS or event["seq"] != number:
             raise ValueError(f"event {event['event']!r}, seq {event['seq']}, expected seq {number}")
     except (ValueError, KeyError, TypeError) as error:
@@ -98,13 +99,13 @@ class Ledger:
         for offset, (event, fields) in enumerate(events, start=1):
             assert set(fields) == set(EVENTS[event]), f"{event}: fields {sorted(fields)}, expected {EVENTS[event]}"
             row = {"seq": self.replay.seq + offset, "time": round(self._clock(), 3), "event": event, **fields}
-            lines.append(json.dumps(row))
+            lines.append(orjson.dumps(row))
         if not lines:
             return
-        self._write(("\n".join(lines) + "\n").encode())
+        self._write(b"\n".join(lines) + b"\n")
         for line in lines:
             # What is read back, not what was passed in: replaying the file gives the same state.
-            self.replay.apply(json.loads(line))
+            self.replay.apply(orjson.loads(line))
 
     def close(self) -> None:
         os.close(self._file)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -223,7 +223,7 @@ class Replay:
         self._dropped: dict[str, int] = {}
         self._label_failures: dict[str, int] = {}
         self._recent: deque[bool] = deque(maxlen=RECENT)
-        self._stages: dict[str, _Tally] = {}
+        self._stages: defaultdict[str, _Tally] = defaultdict(_Tally)
         self._walkers = _WalkerTally()
         self._walkers_newest = _WalkerTally()
         self._pools = {pool: PoolMeter() for pool in POOL_OF.values()}
@@ -360,7 +360,7 @@ class Replay:
     def _task_submitted(self, event: Mapping[str, Any]) -> None:
         task = Task(event["task"], event["stage"], MappingProxyType(event["inputs"]), event["time"])
         if task.id not in self._running:
-            self._tally(task.stage).tasks += 1
+            self._stages[task.stage].tasks += 1
             if task.stage == "train":
                 self._delay.train()
         self._running[task.id] = task
@@ -393,7 +393,7 @@ class Replay:
 
     def _end_task(self, event: Mapping[str, Any]) -> tuple[Task, _Tally]:
         task = self._running.pop(event["task"])
-        tally = self._tally(task.stage)
+        tally = self._stages[task.stage]
         tally.add_timing(event["timing"])
         self._pools[POOL_OF[task.stage]].give_back(event["time"], task.stage, task.submitted, event["timing"])
         return task, tally
@@ -463,9 +463,6 @@ class Replay:
 
     def _campaign_finished(self, event: Mapping[str, Any]) -> None:
         self._state = replace(self._state, finished=event["reason"], failed=event["failed"])
-
-    def _tally(self, stage: str) -> _Tally:
-        return self._stages.setdefault(stage, _Tally())
 
 
 def describe_failure(failure: Mapping[str, Any]) -> str:

@@ -386,20 +386,30 @@ def _parse_header(path: Path, file: h5py.File) -> _Header:
 
 
 def _place(path: Path, file: h5py.File, column: Column, n_frames: int, n_atoms: int) -> _Place:
-    if column.path not in file:
-        raise MissingDatasetError(f"{path}: dataset {column.path} ({column.meaning}) is missing; {_RESTORE}")
-    dataset = file[column.path]
+    try:
+        # HDF5's own calls: h5py's comfort costs more than all the rest of opening a shard of one label.
+        dataset = h5py.h5d.open(file.id, column.path.encode())
+    except KeyError:
+        raise MissingDatasetError(f"{path}: dataset {column.path} ({column.meaning}) is missing; {_RESTORE}") from None
     expected = column.dimensions(n_frames, n_atoms)
     if dataset.shape != expected or not (dataset.dtype.str == column.dtype or dataset.dtype.kind == column.dtype):
         raise AlteredShardError(
             f"{path}: dataset {column.path} is {dataset.dtype.str}{list(dataset.shape)}, the schema says"
             f" {column.dtype}{list(expected)}; {_RESTORE}"
         )
-    offset = dataset.id.get_offset()
-    if offset is None and dataset.size:
+    offset = dataset.get_offset()
+    if offset is None and 0 not in expected:
         raise AlteredShardError(f"{path}: dataset {column.path} is not contiguous, it was repacked; {_RESTORE}")
-    unit, checksum = str(dataset.attrs["unit"]), str(dataset.attrs["sha256"])
-    return _Place(dataset.dtype, dataset.shape, offset if dataset.size else None, unit, checksum)
+    unit, checksum = _text(dataset, "unit"), _text(dataset, "sha256")
+    return _Place(dataset.dtype, dataset.shape, None if 0 in expected else offset, unit, checksum)
+
+
+def _text(dataset: Any, name: str) -> str:
+    """Raises KeyError, TypeError: it has none, or not of text."""
+    attribute = h5py.h5a.open(dataset, name.encode())
+    value = np.empty((), attribute.dtype)
+    attribute.read(value)
+    return bytes(value[()]).decode()
 
 
 def _map(path: Path) -> bytes | mmap.mmap:
