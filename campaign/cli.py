@@ -247,6 +247,41 @@ def train(
 
 
 @app.command()
+def transfer(
+    config: Config,
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="The committee to start from, trained or imported.")],
+    data: Annotated[Path, typer.Argument(metavar="DATA", help="A manifest of labels of the higher level, or a shard.")],
+    dest: Annotated[
+        Path, typer.Argument(metavar="DEST", help="The folder for model.safetensors, metrics and checkpoint.")
+    ],
+    replay: Annotated[
+        Path | None, typer.Option(help="A manifest of lower labels to take forces from (transfer.forces).")
+    ] = None,
+    seed: Seed = 0,
+    site: Annotated[Path | None, typer.Option(help="How ranks are started here: its train.launcher.")] = None,
+) -> None:
+    """Carry a committee to a higher level of theory, some of its layers frozen."""
+    from campaign.config import load_campaign
+    from campaign.site import load_site
+    from trainer.stage import DEFAULT_LAUNCHER
+    from trainer.stage import transfer as stage
+
+    settings = load_campaign(config)
+    launcher = load_site(site).train.launcher if site else DEFAULT_LAUNCHER
+    outcome = stage(
+        _as_manifest(data, dest),
+        model,
+        settings.trainer,
+        settings.transfer,
+        dest,
+        seed=seed,
+        replay=replay,
+        launcher=launcher,
+    )
+    _report(outcome)
+
+
+@app.command()
 def evaluate(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="A committee.")],
     data: Annotated[Path, typer.Argument(metavar="DATA", help="A manifest of labels, or one shard of them.")],
