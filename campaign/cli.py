@@ -296,6 +296,24 @@ def evaluate(
 
 
 @app.command()
+def validate(
+    config: Config,
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A committee.")],
+    dest: Annotated[Path, typer.Argument(metavar="DEST", help="The folder for labels, validation.json and a plot.")],
+    suite: Annotated[str, typer.Option(help="What is tested: molecule.")] = "molecule",
+    molecules: Annotated[int, typer.Option(help="At most so many molecules, smallest first.", min=1)] = 10,
+    seed: Seed = 0,
+) -> None:
+    """Test a committee against the quantum code: conformers, torsions, stretches, dimers, reactions, frequencies."""
+    from campaign.config import load_campaign
+    from campaign.validation import validate_molecules
+
+    if suite != "molecule":
+        raise SettingsError(f"--suite {suite}: there is molecule")
+    _report(validate_molecules(load_campaign(config), model, dest, molecules, seed))
+
+
+@app.command()
 def convert(
     source: Annotated[Path, typer.Argument(metavar="SOURCE", help="A shard, .xyz, .extxyz, .db, or ANI's HDF5.")],
     dest: Annotated[

@@ -22,7 +22,7 @@ from sampler.streams import Purpose, open_stream
 from shards.frame import Frame, Origin
 from shards.schema import BOLTZMANN_eV_K, KCAL_MOL_eV
 
-__all__ = ["molecule_frame", "normal_modes"]
+__all__ = ["inner_space", "molecule_frame", "normal_modes", "rotatable_bonds"]
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -75,7 +75,7 @@ def _torsion(library: Sequence[Molecule], settings: MoleculeSettings, stream: np
 
     molecule = draw_molecule(library, stream)
     mol = conformer(molecule, stream)
-    bonds = _rotatable(mol)
+    bonds = rotatable_bonds(mol)
     if bonds:
         dihedral = bonds[int(stream.integers(len(bonds)))]
         rdMolTransforms.SetDihedralDeg(mol.GetConformer(), *dihedral, float(stream.uniform(-180, 180)))
@@ -111,7 +111,7 @@ def normal_modes(mol: Any) -> tuple[Floats, Floats]:
     hessian = np.array([_slope(field, start, axis) for axis in range(len(start))]) * KCAL_MOL_eV
     masses = np.repeat([atom.GetMass() for atom in mol.GetAtoms()], 3)
     weighted = (hessian + hessian.T) / 2 / np.sqrt(masses[:, None] * masses)
-    inner = _inner_space(_positions(mol), masses)
+    inner = inner_space(_positions(mol), masses)
     eigenvalues, vectors = np.linalg.eigh(inner.T @ weighted @ inner)
     modes = (inner @ vectors / np.sqrt(masses)[:, None]).T
     lengths = np.linalg.norm(modes, axis=1)
@@ -119,8 +119,11 @@ def normal_modes(mol: Any) -> tuple[Floats, Floats]:
     return stiffness, (modes / lengths[:, None]).reshape(len(modes), -1, 3)
 
 
-def _inner_space(positions: Floats, masses: Floats) -> Floats:
-    """Orthonormal mass-weighted directions that neither shift nor turn the molecule, (3 n_atoms, n_modes)."""
+def inner_space(positions: Floats, masses: Floats) -> Floats:
+    """Orthonormal mass-weighted directions that neither shift nor turn the molecule, (3 n_atoms, n_modes).
+
+    positions: (n_atoms, 3), A. masses: (3 n_atoms,), amu.
+    """
     centred = positions - np.average(positions, axis=0, weights=masses[::3])
     rigid = [np.tile(axis, len(positions)) for axis in np.eye(3)]
     rigid += [np.cross(axis, centred).ravel() for axis in np.eye(3)]
@@ -152,7 +155,7 @@ def _force_field(mol: Any) -> Any:
     return field
 
 
-def _rotatable(mol: Any) -> list[tuple[int, int, int, int]]:
+def rotatable_bonds(mol: Any) -> list[tuple[int, int, int, int]]:
     """Four atoms of each single bond outside rings whose both ends go on."""
     from rdkit import Chem
 
