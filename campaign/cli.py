@@ -247,6 +247,41 @@ def train(
 
 
 @app.command()
+def transfer(
+    config: Config,
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="The committee to start from, trained or imported.")],
+    data: Annotated[Path, typer.Argument(metavar="DATA", help="A manifest of labels of the higher level, or a shard.")],
+    dest: Annotated[
+        Path, typer.Argument(metavar="DEST", help="The folder for model.safetensors, metrics and checkpoint.")
+    ],
+    replay: Annotated[
+        Path | None, typer.Option(help="A manifest of lower labels to take forces from (transfer.forces).")
+    ] = None,
+    seed: Seed = 0,
+    site: Annotated[Path | None, typer.Option(help="How ranks are started here: its train.launcher.")] = None,
+) -> None:
+    """Carry a committee to a higher level of theory, some of its layers frozen."""
+    from campaign.config import load_campaign
+    from campaign.site import load_site
+    from trainer.stage import DEFAULT_LAUNCHER
+    from trainer.stage import transfer as stage
+
+    settings = load_campaign(config)
+    launcher = load_site(site).train.launcher if site else DEFAULT_LAUNCHER
+    outcome = stage(
+        _as_manifest(data, dest),
+        model,
+        settings.trainer,
+        settings.transfer,
+        dest,
+        seed=seed,
+        replay=replay,
+        launcher=launcher,
+    )
+    _report(outcome)
+
+
+@app.command()
 def evaluate(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="A committee.")],
     data: Annotated[Path, typer.Argument(metavar="DATA", help="A manifest of labels, or one shard of them.")],
@@ -258,6 +293,24 @@ def evaluate(
 
     with TemporaryDirectory() as folder:
         _report(stage(model, [_as_manifest(data, Path(folder))]))
+
+
+@app.command()
+def validate(
+    config: Config,
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A committee.")],
+    dest: Annotated[Path, typer.Argument(metavar="DEST", help="The folder for labels, validation.json and a plot.")],
+    suite: Annotated[str, typer.Option(help="What is tested: molecule.")] = "molecule",
+    molecules: Annotated[int, typer.Option(help="At most so many molecules, smallest first.", min=1)] = 10,
+    seed: Seed = 0,
+) -> None:
+    """Test a committee against the quantum code: conformers, torsions, stretches, dimers, reactions, frequencies."""
+    from campaign.config import load_campaign
+    from campaign.validation import validate_molecules
+
+    if suite != "molecule":
+        raise SettingsError(f"--suite {suite}: there is molecule")
+    _report(validate_molecules(load_campaign(config), model, dest, molecules, seed))
 
 
 @app.command()

@@ -16,7 +16,7 @@ from labeler.config import LabelerSettings
 from potential.config import PotentialSettings
 from sampler.config import BuilderSettings, SamplerSettings
 from shards.settings import Settings, SettingsError, parse_settings, read_toml
-from trainer.config import TrainerSettings
+from trainer.config import TrainerSettings, TransferSettings
 from trainer.folds import N_BLOCKS
 
 __all__ = [
@@ -110,6 +110,8 @@ class CampaignConfig(Settings):
     """The quantum code."""
     trainer: TrainerSettings = Field(default_factory=TrainerSettings)
     """Training of the committee."""
+    transfer: TransferSettings = Field(default_factory=TransferSettings)
+    """How `smelt transfer` carries a trained committee to a higher level of theory."""
 
 
 def load_campaign(path: Path) -> CampaignConfig:

@@ -41,7 +41,7 @@ def _composition_form(value: Any) -> str:
     return "word" if isinstance(value, str) else "fractions"
 
 
-Kind = Literal["conformer", "normal_modes", "torsion", "dimer", "cluster"]
+Kind = Literal["conformer", "normal_modes", "torsion", "dimer", "cluster", "box"]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 PositiveRange = Annotated[tuple[Positive, Positive], AfterValidator(_ascending)]
@@ -86,7 +86,8 @@ class MoleculeSettings(Settings):
         default={"conformer": 1.0, "normal_modes": 4.0}
     )
     """How often each kind of geometry is made, relative to each other: "conformer", "normal_modes", "torsion" (a
-    single bond turned to a random angle), "dimer", "cluster". All begin at minima of a force field."""
+    single bond turned to a random angle), "dimer", "cluster", "box" (a periodic cell). All begin at minima of a force
+    field. Walkers in boxes follow the schedules of temperature and density: with wide ranges of both, a nanoreactor."""
 
     displacement_A: NotNegative = 0.05
     """Standard deviation of the coordinates in all kinds but normal_modes, A."""
@@ -101,6 +102,16 @@ class MoleculeSettings(Settings):
         tuple[Annotated[int, Field(ge=2, le=100)], Annotated[int, Field(ge=2, le=100)]], AfterValidator(_ascending)
     ] = (3, 5)
     """Range of the number of molecules in a cluster."""
+
+    box_size: CountRange = (8, 20)
+    """Range of the number of molecules in a box."""
+
+    box_density_g_cm3: PositiveRange = (0.3, 0.8)
+    """Range of the density of a box, g/cm3. Molecules are put into it at random, so not too dense: walkers compress."""
+
+    cut_molecules: Annotated[int, Field(ge=0, le=100)] = 2
+    """What is kept of a box that a walker leaves: its most uncertain molecule with its nearest neighbours, so many
+    molecules in all, without a cell. 0 keeps the box as it is, for a quantum code that treats periodic cells."""
 
     test_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """Share of scaffolds (of acyclic molecules: formulas) set aside: no molecule of them, nor one of equal formula, is

@@ -1,7 +1,8 @@
 """How is a molecule moved away from its minimum, or put beside others? Each sampler: molecules in, positions out.
 
 normal_modes: a random displacement along the normal modes of a force field, as at a temperature. torsion: one bond
-turned to a random angle. dimer, cluster: molecules of random orientation side by side. conformer: nothing of these.
+turned to a random angle. dimer, cluster: molecules of random orientation side by side. box: many of them in a periodic
+cell. conformer: nothing of these.
 The published samplers (doi:10.1063/1.5023802) pick the most different of ten by their AEVs; here that is left to the
 removal of near-duplicates that all frames go through.
 """
@@ -12,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from ase.data import vdw_radii
+from ase.data import atomic_masses, vdw_radii
 from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 
@@ -20,14 +21,15 @@ from sampler.config import MoleculeSettings
 from sampler.molecules import EmbeddingError, Molecule, conformer, draw_molecule
 from sampler.streams import Purpose, open_stream
 from shards.frame import Frame, Origin
-from shards.schema import BOLTZMANN_eV_K, KCAL_MOL_eV
+from shards.schema import AMU_A3_g_cm3, BOLTZMANN_eV_K, KCAL_MOL_eV
 
-__all__ = ["molecule_frame", "normal_modes"]
+__all__ = ["inner_space", "molecule_frame", "normal_modes", "rotatable_bonds"]
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 N_ATTEMPTS = 20
+N_PLACES = 2000
 HESSIAN_STEP_A = 1e-3
 # Softer modes would carry atoms far beyond where a harmonic force field means anything: 0.05 mdyn/A, in eV/A^2.
 SOFTEST_eV_A2 = 0.05 * 6.241509
@@ -44,21 +46,23 @@ def molecule_frame(library: Sequence[Molecule], settings: MoleculeSettings, seed
     weights = np.array([settings.kinds[name] for name in names])
     make = _MAKERS[names[int(stream.choice(len(names), p=weights / weights.sum()))]]
     for _ in range(N_ATTEMPTS):
-        molecules, numbers, positions = make(library, settings, stream)
+        molecules, numbers, positions, edge_A = make(library, settings, stream)
         if not _crowded(numbers, positions):
             charge, spin = sum(each.charge for each in molecules), sum(each.spin for each in molecules)
-            return Frame(numbers, positions, charge=charge, spin=spin, origin=Origin(kind="bootstrap", seed=seed))
+            cell, pbc = edge_A * np.eye(3), np.full(3, edge_A > 0)
+            return Frame(numbers, positions, cell, pbc, charge, spin, Origin(kind="bootstrap", seed=seed))
     smiles = ".".join(each.smiles for each in molecules)
     raise EmbeddingError(f"{smiles}: atoms too close in {N_ATTEMPTS} geometries: displace or heat it less")
 
 
-Made = tuple[list[Molecule], Ints, Floats]
+# Molecules, numbers, positions, edge of the cubic cell (0: none).
+Made = tuple[list[Molecule], Ints, Floats, float]
 
 
 def _conformer(library: Sequence[Molecule], settings: MoleculeSettings, stream: np.random.Generator) -> Made:
     molecule = draw_molecule(library, stream)
     mol = conformer(molecule, stream)
-    return [molecule], _numbers(mol), _shaken(_positions(mol), settings, stream)
+    return [molecule], _numbers(mol), _shaken(_positions(mol), settings, stream), 0.0
 
 
 def _normal_modes(library: Sequence[Molecule], settings: MoleculeSettings, stream: np.random.Generator) -> Made:
@@ -67,7 +71,7 @@ def _normal_modes(library: Sequence[Molecule], settings: MoleculeSettings, strea
     stiffness, modes = normal_modes(mol)
     temperature_K = stream.uniform(*settings.temperature_K)
     lengths = np.sqrt(BOLTZMANN_eV_K * temperature_K / stiffness) * stream.standard_normal(len(stiffness))
-    return [molecule], _numbers(mol), _positions(mol) + np.tensordot(lengths, modes, axes=1)
+    return [molecule], _numbers(mol), _positions(mol) + np.tensordot(lengths, modes, axes=1), 0.0
 
 
 def _torsion(library: Sequence[Molecule], settings: MoleculeSettings, stream: np.random.Generator) -> Made:
@@ -75,11 +79,11 @@ def _torsion(library: Sequence[Molecule], settings: MoleculeSettings, stream: np
 
     molecule = draw_molecule(library, stream)
     mol = conformer(molecule, stream)
-    bonds = _rotatable(mol)
+    bonds = rotatable_bonds(mol)
     if bonds:
         dihedral = bonds[int(stream.integers(len(bonds)))]
         rdMolTransforms.SetDihedralDeg(mol.GetConformer(), *dihedral, float(stream.uniform(-180, 180)))
-    return [molecule], _numbers(mol), _shaken(_positions(mol), settings, stream)
+    return [molecule], _numbers(mol), _shaken(_positions(mol), settings, stream), 0.0
 
 
 def _dimer(library: Sequence[Molecule], settings: MoleculeSettings, stream: np.random.Generator) -> Made:
@@ -89,15 +93,6 @@ def _dimer(library: Sequence[Molecule], settings: MoleculeSettings, stream: np.r
 def _cluster(library: Sequence[Molecule], settings: MoleculeSettings, stream: np.random.Generator) -> Made:
     low, high = settings.cluster_size
     return _side_by_side(int(stream.integers(low, high, endpoint=True)), library, settings, stream)
-
-
-_MAKERS: dict[str, Callable[[Sequence[Molecule], MoleculeSettings, np.random.Generator], Made]] = {
-    "conformer": _conformer,
-    "normal_modes": _normal_modes,
-    "torsion": _torsion,
-    "dimer": _dimer,
-    "cluster": _cluster,
-}
 
 
 def normal_modes(mol: Any) -> tuple[Floats, Floats]:
@@ -111,7 +106,7 @@ def normal_modes(mol: Any) -> tuple[Floats, Floats]:
     hessian = np.array([_slope(field, start, axis) for axis in range(len(start))]) * KCAL_MOL_eV
     masses = np.repeat([atom.GetMass() for atom in mol.GetAtoms()], 3)
     weighted = (hessian + hessian.T) / 2 / np.sqrt(masses[:, None] * masses)
-    inner = _inner_space(_positions(mol), masses)
+    inner = inner_space(_positions(mol), masses)
     eigenvalues, vectors = np.linalg.eigh(inner.T @ weighted @ inner)
     modes = (inner @ vectors / np.sqrt(masses)[:, None]).T
     lengths = np.linalg.norm(modes, axis=1)
@@ -119,8 +114,11 @@ def normal_modes(mol: Any) -> tuple[Floats, Floats]:
     return stiffness, (modes / lengths[:, None]).reshape(len(modes), -1, 3)
 
 
-def _inner_space(positions: Floats, masses: Floats) -> Floats:
-    """Orthonormal mass-weighted directions that neither shift nor turn the molecule, (3 n_atoms, n_modes)."""
+def inner_space(positions: Floats, masses: Floats) -> Floats:
+    """Orthonormal mass-weighted directions that neither shift nor turn the molecule, (3 n_atoms, n_modes).
+
+    positions: (n_atoms, 3), A. masses: (3 n_atoms,), amu.
+    """
     centred = positions - np.average(positions, axis=0, weights=masses[::3])
     rigid = [np.tile(axis, len(positions)) for axis in np.eye(3)]
     rigid += [np.cross(axis, centred).ravel() for axis in np.eye(3)]
@@ -152,7 +150,7 @@ def _force_field(mol: Any) -> Any:
     return field
 
 
-def _rotatable(mol: Any) -> list[tuple[int, int, int, int]]:
+def rotatable_bonds(mol: Any) -> list[tuple[int, int, int, int]]:
     """Four atoms of each single bond outside rings whose both ends go on."""
     from rdkit import Chem
 
@@ -172,17 +170,55 @@ def _side_by_side(
     n_molecules: int, library: Sequence[Molecule], settings: MoleculeSettings, stream: np.random.Generator
 ) -> Made:
     """Bring molecules of random orientation, one after the other, from random directions into contact with the rest."""
-    molecules, numbers, positions = _conformer(library, settings, stream)
+    molecules, numbers, positions, _ = _conformer(library, settings, stream)
     for _ in range(n_molecules - 1):
-        more, other_numbers, other = _conformer(library, settings, stream)
-        other = (other - other.mean(axis=0)) @ Rotation.random(rng=stream).as_matrix().T
+        more, other_numbers, other, _ = _conformer(library, settings, stream)
+        other = _turned(other, stream)
         direction = stream.standard_normal(3)
         direction /= np.linalg.norm(direction)
         contact = stream.uniform(*settings.contact) * (vdw_radii[numbers][:, None] + vdw_radii[other_numbers])
         other = other + positions.mean(axis=0) + direction * _touching(positions, other, direction, contact)
         molecules, numbers = molecules + more, np.concatenate([numbers, other_numbers])
         positions = np.concatenate([positions, other])
-    return molecules, numbers, positions
+    return molecules, numbers, positions, 0.0
+
+
+def _box(library: Sequence[Molecule], settings: MoleculeSettings, stream: np.random.Generator) -> Made:
+    """Put molecules one by one on random places with room for them; the cell that has the density drawn."""
+    low, high = settings.box_size
+    parts = [_conformer(library, settings, stream) for _ in range(int(stream.integers(low, high, endpoint=True)))]
+    mass = sum(float(atomic_masses[numbers].sum()) for _, numbers, _, _ in parts)
+    edge_A = (mass * AMU_A3_g_cm3 / stream.uniform(*settings.box_density_g_cm3)) ** (1 / 3)
+    numbers, positions = np.zeros(0, dtype=np.int64), np.zeros((0, 3))
+    for _, more, shape, _ in parts:
+        contact = settings.contact[0] * (vdw_radii[numbers][:, None] + vdw_radii[more])
+        for _ in range(N_PLACES):
+            placed = _turned(shape, stream) + edge_A * stream.uniform(size=3)
+            apart = positions[:, None] - placed
+            if (np.linalg.norm(apart - edge_A * np.round(apart / edge_A), axis=2) >= contact).all():
+                break
+        else:
+            raise EmbeddingError(
+                f"builder.molecules: a box of {len(parts)} molecules and {edge_A:.1f} A has no room for the next one:"
+                " lower box_density_g_cm3 or the lower end of contact"
+            )
+        numbers, positions = np.concatenate([numbers, more]), np.concatenate([positions, placed])
+    return [molecule for molecules, _, _, _ in parts for molecule in molecules], numbers, positions, edge_A
+
+
+_MAKERS: dict[str, Callable[[Sequence[Molecule], MoleculeSettings, np.random.Generator], Made]] = {
+    "conformer": _conformer,
+    "normal_modes": _normal_modes,
+    "torsion": _torsion,
+    "dimer": _dimer,
+    "cluster": _cluster,
+    "box": _box,
+}
+
+
+def _turned(positions: Floats, stream: np.random.Generator) -> Floats:
+    turned: Floats = (positions - positions.mean(axis=0)) @ Rotation.random(rng=stream).as_matrix().T
+    return turned
 
 
 def _touching(first: Floats, second: Floats, direction: Floats, contact: Floats) -> float:

@@ -16,6 +16,7 @@ from potential.model_file import load_committee
 from sampler.batch import Walker
 from sampler.builder import CrowdedCellError
 from sampler.config import BuilderSettings, SamplerSettings
+from sampler.cutting import cut_clusters
 from sampler.engine import Tally, run_walkers
 from sampler.molecules import EmbeddingError
 from sampler.schedules import draw_schedule
@@ -85,6 +86,8 @@ def sample(
     except (CrowdedCellError, EmbeddingError) as error:
         return Outcome("sample", clock.timing(), failure=Failure(FailureClass.GEOMETRY, str(error)))
     with clock.phase("selection"):
+        if builder.molecules.given and builder.molecules.cut_molecules:
+            candidates = cut_clusters(committee, candidates, builder.molecules.cut_molecules)
         scores = np.array([frame.origin.force_spread for frame in candidates])
         chosen = select(fingerprints(committee, candidates), scores, distance=settings.duplicate_distance)
     receipt = write_frames(dest, [candidates[index] for index in chosen])

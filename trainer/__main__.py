@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ import numpy as np
 import torch
 
 from potential.committee import Committee
-from potential.model_file import load_committee, save_committee
+from potential.model_file import load_committee, read_metadata, save_committee
 from shards.outcome import FailureClass
 from shards.reader import ShardError
 from trainer.checkpoint import write_atomically
@@ -33,6 +34,7 @@ from trainer.job import Job, read_job
 from trainer.launch import HEARTBEAT
 from trainer.networks import Networks
 from trainer.problem import Problem
+from trainer.transfer import borrow_forces, check_levels, compare_layers, layer_factors, shift_self_energies
 from trainer.world import World, join_world
 
 log = logging.getLogger("trainer")
@@ -79,6 +81,10 @@ def _train(job: Job, world: World, stop: threading.Event) -> None:
     dataset = _usable(load_dataset(job.receipts, job.elements, verify=world.rank == 0), job)
     committee = _first_committee(job, dataset)
     networks = Networks.of(committee)
+    factors = None
+    if job.transfer:
+        factors = layer_factors(networks, job.transfer)
+        dataset = replace(dataset, borrowed=borrow_forces(committee, dataset, job.transfer, job.replay))
     problem = Problem(
         dataset,
         committee.self_energies.numpy(),
@@ -91,10 +97,13 @@ def _train(job: Job, world: World, stop: threading.Event) -> None:
         world.n_ranks,
     )
     parameters = networks.take(committee, getattr(torch, job.settings.dtype))
-    fitted = fit(problem, parameters, world, seed=job.seed, folder=job.dest, job=job.digest, stop=stop.is_set)
+    fitted = fit(
+        problem, parameters, world, seed=job.seed, folder=job.dest, job=job.digest, stop=stop.is_set, factors=factors
+    )
     if world.rank == 0:
+        layers = compare_layers(networks, parameters, fitted.state.best) if job.transfer else {}
         networks.give(fitted.state.best, committee)
-        _publish(job, dataset, committee, fitted)
+        _publish(job, dataset, committee, fitted, layers)
 
 
 def _usable(dataset: Dataset, job: Job) -> Dataset:
@@ -106,12 +115,19 @@ def _usable(dataset: Dataset, job: Job) -> Dataset:
 
 
 def _first_committee(job: Job, dataset: Dataset) -> Committee:
-    """Return the committee to begin with; a warm one keeps its self energies, which its networks are made for."""
+    """Return the committee to begin with; a warm one keeps its self energies, which its networks are made for.
+
+    One that is carried to another level gets self energies that take up what differs by composition.
+    """
     fresh = Committee.from_settings(job.potential, job.elements, job.seed)
     if not job.start:
         fresh.self_energies = torch.from_numpy(fit_self_energies(dataset.counts, dataset.energy))
         return fresh
     warm = load_committee(job.start)
+    check_levels(read_metadata(job.start), job.start, dataset, transfer=job.transfer is not None)
+    if job.transfer:
+        warm.self_energies = torch.from_numpy(shift_self_energies(warm, dataset))
+        return warm
     for name in ("elements", "aev", "hidden", "n_members"):
         if getattr(warm, name) != getattr(fresh, name):
             raise ValueError(
@@ -121,7 +137,9 @@ def _first_committee(job: Job, dataset: Dataset) -> Committee:
     return warm
 
 
-def _publish(job: Job, dataset: Dataset, committee: Committee, fitted: Fitted) -> None:
+def _publish(
+    job: Job, dataset: Dataset, committee: Committee, fitted: Fitted, layers: dict[str, dict[str, float]]
+) -> None:
     state = fitted.state
     facts: dict[str, Any] = {
         "n_frames": len(dataset),
@@ -136,6 +154,8 @@ def _publish(job: Job, dataset: Dataset, committee: Committee, fitted: Fitted) -
         "valid": fitted.valid,
         "test": fitted.test,
     }
+    if job.transfer:
+        facts |= {"parent": job.start, "n_borrowed_forces": len(dataset.borrowed), "layers": layers}
     if fitted.finished:
         model = job.dest / "model.safetensors"
         metadata = {

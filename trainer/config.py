@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from shards.settings import Settings
 
-__all__ = ["TrainerSettings"]
+__all__ = ["TrainerSettings", "TransferSettings"]
 
 
 class TrainerSettings(Settings):
@@ -52,3 +52,31 @@ class TrainerSettings(Settings):
     """Memory, over all ranks, for derivatives of the descriptors; a set that needs more recomputes them. 0: always."""
     checkpoint_every_s: float = Field(default=30.0, ge=0)
     """Seconds between checkpoints; written at the end of an epoch. 0: every epoch."""
+
+
+class TransferSettings(Settings):
+    """How a trained committee is carried to a higher level of theory; what is not said here is as in training. The
+    defaults are those of ANI-1ccx."""
+
+    freeze: tuple[str, ...] = ("hidden1", "hidden3")
+    """Layers whose weights stay as they are, bit by bit: "hidden1", "hidden2", ... and "output", of every element.
+    Published: the first and the third, so that a fifth of the weights is trained again."""
+    rate_factors: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
+    """Factors on the learning rate of single layers, such as { hidden2 = 0.1 }; 1 where none is named."""
+    forces: Literal["labels", "distilled", "replayed"] = "labels"
+    """Forces to learn from on frames whose labels have none. "labels": none, energies alone. "distilled": those of the
+    committee to start from. "replayed": labels of the lower level on the same frames. Borrowed forces hold the slopes
+    while energies are few, and hold back what the higher level knows better; validation never looks at them."""
+    learning_rate: float = Field(default=1e-3, gt=0, le=0.1)
+    """First step size of Adam."""
+    patience: int = Field(default=200, ge=1)
+    """Epochs without a better validation loss before a member's learning rate drops. Published: 200."""
+    min_learning_rate: float = Field(default=1e-6, gt=0)
+    """A member is finished once its learning rate falls below this. Published: 1e-6."""
+    max_epochs: int = Field(default=4000, ge=1)
+    """Stop after so many epochs at the latest."""
+
+    def apply_to(self, settings: TrainerSettings) -> TrainerSettings:
+        """The settings of the training that a transfer is."""
+        names = ("learning_rate", "patience", "min_learning_rate", "max_epochs")
+        return settings.model_copy(update={name: getattr(self, name) for name in names} | {"warm_start": True})

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +27,8 @@ class Dataset:
     """Labeled frames of one level of theory, each frame once.
 
     ids: n frame ids. n_atoms: (n,). counts: (n, n_elements), atoms of each element. energy: (n,), eV. max_force: (n,),
-    largest force component, eV/A, NaN where there are no forces.
+    largest force component, eV/A, NaN where there are no forces. borrowed: forces of another level for some of the
+    frames that have none, by frame id, (n_atoms, 3), eV/A.
     """
 
     level: Level
@@ -37,13 +38,15 @@ class Dataset:
     energy: NDArray[np.float64]
     max_force: NDArray[np.float64]
     _places: tuple[tuple[Shard, int], ...]
+    borrowed: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def row(self, index: int) -> tuple[Frame, Label]:
         shard, row = self._places[index]
-        return shard.frame(row), shard.label(row)
+        label, forces = shard.label(row), self.borrowed.get(self.ids[index])
+        return shard.frame(row), label if forces is None else replace(label, forces=forces)
 
     def subset(self, indices: NDArray[np.int64]) -> Dataset:
         return Dataset(
@@ -54,6 +57,7 @@ class Dataset:
             self.energy[indices],
             self.max_force[indices],
             tuple(self._places[i] for i in indices),
+            self.borrowed,
         )
 
 

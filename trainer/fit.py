@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -101,8 +101,11 @@ def fit(
     folder: Path,
     job: str,
     stop: Callable[[], bool],
+    factors: Tensor | None = None,
 ) -> Fitted:
     """Train until every member is finished, a limit is reached or `stop()` is true on some rank.
+
+    factors: (n_parameters,), on the learning rate; 0 freezes.
 
     Raises:
         NotFiniteError: on all ranks alike.
@@ -118,7 +121,7 @@ def fit(
     going = state.epoch < settings.max_epochs and not state.plateau.finished
     stopped = False
     while going:
-        row, stopped = _epoch(problem, state, world, seed, stop, began)
+        row, stopped = _epoch(problem, state, world, seed, stop, began, factors)
         going = not (stopped or state.plateau.finished or state.epoch >= settings.max_epochs)
         going = going and not 0 < settings.max_minutes * 60 <= state.seconds
         if monitor is not None:
@@ -155,14 +158,20 @@ def step_gradient(problem: Problem, parameters: Tensor, structures: NDArray[np.i
 
 
 def role_sums(problem: Problem, parameters: Tensor, role: int) -> Tensor:
-    """Return this rank's part of each member's sums, (M, 8), over the frames in which it has `role`."""
+    """Return this rank's part of each member's sums, (M, 8), over the frames in which it has `role`.
+
+    Borrowed forces are no part of the loss here: what is best is decided by the labels' own level.
+    """
+    weights = weights_of(problem.settings)
+    if problem.dataset.borrowed:
+        weights = replace(weights, force=0.0)
     sums = torch.zeros(len(parameters), len(COLUMNS), dtype=torch.float64)
     for k in range(len(parameters)):
         structures = torch.nonzero(problem.roles[k] == role).squeeze(1).numpy()
         for part, block, truth in problem.blocks(problem.mine(structures)):
             energies, g, _ = problem.networks.forward(parameters[k : k + 1], block.aev, block.species)
             energy = energies.new_zeros(1, len(part)).index_add_(1, block.frame_of_atom, energies)
-            errors = compare(energy, *block.project(g), truth, weights_of(problem.settings))
+            errors = compare(energy, *block.project(g), truth, weights)
             sums[k] += errors.sums.sum((0, 1), dtype=torch.float64)
     return sums
 
@@ -172,7 +181,13 @@ def weights_of(settings: TrainerSettings) -> Weights:
 
 
 def _epoch(
-    problem: Problem, state: State, world: World, seed: int, stop: Callable[[], bool], began: float
+    problem: Problem,
+    state: State,
+    world: World,
+    seed: int,
+    stop: Callable[[], bool],
+    began: float,
+    factors: Tensor | None,
 ) -> tuple[dict[str, Any], bool]:
     """Advance `state` by one epoch; return its row of metrics and whether some rank was asked to stop."""
     rates = torch.tensor(state.plateau.rates, dtype=torch.float64)
@@ -180,7 +195,7 @@ def _epoch(
     for structures in problem.windows.epoch(seed, state.epoch):
         gradient, sums = step_gradient(problem, state.parameters, structures)
         world.add_up(gradient, "gradient")
-        state.adam.update(state.parameters, gradient, rates)
+        state.adam.update(state.parameters, gradient, rates, factors)
         train += sums
     valid = role_sums(problem, state.parameters, VALID)
     # One message for all that ranks decide on: whoever decides from it decides alike.

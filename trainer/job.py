@@ -13,7 +13,7 @@ from potential.config import PotentialSettings
 from shards.manifest import Manifest
 from shards.outcome import Receipt
 from trainer.checkpoint import write_atomically
-from trainer.config import TrainerSettings
+from trainer.config import TrainerSettings, TransferSettings
 
 __all__ = ["Job", "read_job", "write_job"]
 
@@ -23,7 +23,10 @@ EXECUTION = {"ranks", "checkpoint_every_s", "jacobian_memory_GB", "max_epochs", 
 
 @dataclass(frozen=True)
 class Job:
-    """A training of `elements` on the shards of `receipts`, into the folder `dest`; start: a model file, or ""."""
+    """A training of `elements` on the shards of `receipts`, into the folder `dest`; start: a model file, or "".
+
+    transfer: None unless the model of `start` is carried to another level. replay: shards to borrow forces from.
+    """
 
     receipts: tuple[Receipt, ...]
     potential: PotentialSettings
@@ -32,12 +35,15 @@ class Job:
     dest: Path
     seed: int
     start: str
+    transfer: TransferSettings | None = None
+    replay: tuple[Receipt, ...] = ()
 
     @property
     def digest(self) -> str:
         """16 hexadecimal digits over everything that decides the result."""
         table = _table(self)
-        table["receipts"] = [receipt["digest"] for receipt in table["receipts"]]
+        for name in {"receipts", "replay"} & set(table):
+            table[name] = [receipt["digest"] for receipt in table[name]]
         table["settings"] = self.settings.model_dump(mode="json", exclude=EXECUTION)
         del table["dest"]
         return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()[:16]
@@ -52,11 +58,14 @@ class Job:
         dest: Path,
         seed: int,
         start: Path | None,
+        transfer: TransferSettings | None = None,
+        replay: Path | None = None,
     ) -> Job:
         """Pin the data set as it is now: the manifest may grow while the training runs."""
         receipts = Manifest(manifest.absolute()).receipts()
         warm = str(start.absolute()) if start is not None and settings.warm_start else ""
-        return cls(receipts, potential, settings, tuple(elements), dest.absolute(), seed, warm)
+        borrowed = Manifest(replay.absolute()).receipts() if replay is not None else ()
+        return cls(receipts, potential, settings, tuple(elements), dest.absolute(), seed, warm, transfer, borrowed)
 
 
 def write_job(job: Job, path: Path) -> None:
@@ -73,11 +82,13 @@ def read_job(path: Path) -> Job:
         dest=Path(table["dest"]),
         seed=table["seed"],
         start=table["start"],
+        transfer=TransferSettings.model_validate_json(json.dumps(table["transfer"])) if table.get("transfer") else None,
+        replay=tuple(Receipt(**row) for row in table.get("replay", ())),
     )
 
 
 def _table(job: Job) -> dict[str, Any]:
-    return {
+    table = {
         "receipts": [asdict(receipt) for receipt in job.receipts],
         "potential": job.potential.model_dump(mode="json"),
         "settings": job.settings.model_dump(mode="json"),
@@ -86,3 +97,7 @@ def _table(job: Job) -> dict[str, Any]:
         "seed": job.seed,
         "start": job.start,
     }
+    if job.transfer is None:
+        return table
+    replay = [asdict(receipt) for receipt in job.replay]
+    return table | {"transfer": job.transfer.model_dump(mode="json"), "replay": replay}

@@ -7,7 +7,7 @@ gradient of <v, g> is that of the directional derivative of E along v (Pearlmutt
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -76,6 +76,22 @@ class Networks:
                 at += out * (width + 1)
             elements.append(layers)
         return elements
+
+    @property
+    def layer_names(self) -> tuple[str, ...]:
+        """hidden1, hidden2, ... of the deepest network, and output."""
+        depth = max(len(layers) for layers in self._shapes)
+        return (*(f"hidden{i}" for i in range(1, depth)), "output")
+
+    def spread(self, factors: Mapping[str, float]) -> Tensor:
+        """Give every parameter the factor of its layer, 1 where none is named: (n_parameters,), float64."""
+        spread = torch.ones(1, self.n_parameters, dtype=torch.float64)
+        for layers in self.layers(spread):
+            names = (*(f"hidden{i}" for i in range(1, len(layers))), "output")
+            for name, (weight, bias) in zip(names, layers, strict=True):
+                weight.fill_(factors.get(name, 1.0))
+                bias.fill_(factors.get(name, 1.0))
+        return spread[0]
 
     def forward(self, flat: Tensor, aev: Tensor, species: Tensor) -> tuple[Tensor, Tensor, list[Tape]]:
         """Return atomic energies (M, n_atoms), g = dE/dAEV (M, n_atoms, L), and what `gradient` needs.

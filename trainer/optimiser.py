@@ -25,14 +25,22 @@ class Adam:
     def like(cls, parameters: Tensor) -> Adam:
         return cls(torch.zeros_like(parameters), torch.zeros_like(parameters))
 
-    def update(self, parameters: Tensor, gradient: Tensor, rates: Tensor) -> None:
-        """Move `parameters` in place; rates: (n_members,), a member of rate 0 stays where it is."""
+    def update(self, parameters: Tensor, gradient: Tensor, rates: Tensor, factors: Tensor | None = None) -> None:
+        """Move `parameters` in place; rates: (n_members,), a member of rate 0 stays where it is.
+
+        factors: (n_parameters,), multiply the rates; a parameter of factor 0 stays as it is, bit by bit.
+        """
         self.step += 1
         self.first.lerp_(gradient, 1 - BETA1)
         self.second.mul_(BETA2).addcmul_(gradient, gradient, value=1 - BETA2)
         size = rates / (1 - BETA1**self.step)
         root = (self.second.sqrt() / (1 - BETA2**self.step) ** 0.5).add_(EPSILON)
-        parameters.sub_((self.first / root).mul_(size.to(parameters.dtype)[:, None]))
+        steps = (self.first / root).mul_(size.to(parameters.dtype)[:, None])
+        if factors is None:
+            parameters.sub_(steps)
+        else:
+            moved = parameters - steps.mul_(factors.to(parameters.dtype))
+            parameters.copy_(torch.where(factors > 0, moved, parameters))
 
 
 @dataclass

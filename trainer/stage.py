@@ -5,22 +5,25 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from potential.config import PotentialSettings
+from potential.model_file import load_committee
 from shards.manifest import Manifest, ManifestError
 from shards.outcome import Clock, Failure, FailureClass, Outcome
+from shards.settings import SettingsError
 from trainer.checkpoint import write_atomically
-from trainer.config import TrainerSettings
+from trainer.config import TrainerSettings, TransferSettings
 from trainer.evaluation import evaluate_committee
 from trainer.job import Job, read_job, write_job
 from trainer.launch import DEFAULT_LAUNCHER, run_ranks
 from trainer.metrics import TERMINAL
 
-__all__ = ["DEFAULT_LAUNCHER", "evaluate", "train"]
+__all__ = ["DEFAULT_LAUNCHER", "evaluate", "train", "transfer"]
 
 NO_LIMIT_S = 30 * 86400.0
 # Beyond max_minutes: reading, describing, the last epoch, publishing.
@@ -45,13 +48,18 @@ def train(
     finished there is handed back as it is. start: model to begin from, used when settings.warm_start is set. The
     outcome's facts hold model, digest, n_frames, epochs, seconds, and per-member errors "valid" and "test".
     """
+    make_job = partial(Job.of_manifest, manifest, potential, settings, elements, dest, seed, start)
+    return _train("train", make_job, dest, launcher, nice)
+
+
+def _train(stage: str, make_job: Callable[[], Job], dest: Path, launcher: Sequence[str], nice: int) -> Outcome:
     clock, log = Clock(), dest / "train.log"
     dest.mkdir(parents=True, exist_ok=True)
     with clock.phase("train"):
         try:
-            job = Job.of_manifest(manifest, potential, settings, elements, dest, seed, start)
+            job = make_job()
         except ManifestError as error:
-            return Outcome("train", clock.timing(), failure=Failure(FailureClass.BAD_LABEL, str(error)))
+            return Outcome(stage, clock.timing(), failure=Failure(FailureClass.BAD_LABEL, str(error)))
         job = _taken_up(job, dest / "job.json")
         result = _result(job)
         if result.get("state") != "finished":
@@ -59,7 +67,37 @@ def train(
     failure = None
     if result["state"] != "finished":
         failure = Failure(FailureClass(result["kind"]), result["message"], str(log))
-    return Outcome("train", clock.timing(), failure=failure, facts=result.get("facts", {}))
+    return Outcome(stage, clock.timing(), failure=failure, facts=result.get("facts", {}))
+
+
+def transfer(
+    manifest: Path,
+    model: Path,
+    settings: TrainerSettings,
+    transfer: TransferSettings,
+    dest: Path,
+    *,
+    seed: int,
+    replay: Path | None = None,
+    launcher: Sequence[str] = DEFAULT_LAUNCHER,
+    nice: int = 0,
+) -> Outcome:
+    """Carry the committee at `model` to the level of the labels of `manifest`; publish dest/model.safetensors.
+
+    replay: manifest of labels of the lower level, for transfer.forces = "replayed". The outcome's facts are those of
+    `train`, and parent, n_borrowed_forces, and layers: how many of each layer's parameters changed, and by how much.
+
+    Raises:
+        ModelFileError: `model` cannot be read. SettingsError: forces to be replayed, and nothing to replay.
+    """
+    if (transfer.forces == "replayed") != (replay is not None):
+        raise SettingsError(
+            f"transfer.forces = {transfer.forces!r}: labels to replay go with 'replayed', and only there"
+        )
+    elements = load_committee(model).elements
+    training, shape = transfer.apply_to(settings), PotentialSettings()  # the model has its own shape
+    make_job = partial(Job.of_manifest, manifest, shape, training, elements, dest, seed, model, transfer, replay)
+    return _train("transfer", make_job, dest, launcher, nice)
 
 
 def evaluate(model: Path, manifests: Sequence[Path], dest: Path | None = None) -> Outcome:

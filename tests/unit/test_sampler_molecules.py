@@ -14,10 +14,12 @@ from potential.committee import Committee
 from potential.config import PotentialSettings
 from potential.model_file import save_committee
 from sampler.config import BuilderSettings, MoleculeSettings, SamplerSettings
+from sampler.cutting import cut_out
 from sampler.geometries import molecule_frame, normal_modes
 from sampler.molecules import conformer, draw_molecule, fragments, parse_molecule, read_library, split
 from sampler.stage import build, sample
 from shards.atoms import to_atoms
+from shards.frame import Frame
 from shards.reader import open_shard
 from shards.schema import BOLTZMANN_eV_K, KCAL_MOL_eV
 from shards.settings import SettingsError
@@ -165,6 +167,69 @@ def test_neighbours_touch_as_closely_as_asked(kind, sizes):
         assert relative[others].min() == pytest.approx(0.8)
         touching = [(relative[k * 3 : k * 3 + 3][:, molecule_of_atom < k]).min() for k in range(1, frame.n_atoms // 3)]
         assert touching == pytest.approx([0.8] * len(touching))
+
+
+def test_box_has_its_density_and_molecules_that_keep_their_distance():
+    settings = settings_of(
+        smiles=("O", "C"),
+        kinds={"box": 1.0},
+        displacement_A=0.0,
+        box_size=(8, 8),
+        box_density_g_cm3=(0.6, 0.6),
+        contact=(0.8, 1.0),
+        test_fraction=0,
+    )
+    frame = molecule_frame(read_library(ELEMENTS, settings), settings, 4)
+    atoms = to_atoms(frame)
+    assert frame.pbc.all()
+    # amu / A^3 in g/cm^3, https://physics.nist.gov/cuu/Constants/
+    assert atoms.get_masses().sum() / atoms.get_volume() * 1.66053907 == pytest.approx(0.6)
+    first, second, distance = neighbor_list("ijd", atoms, 4.0)
+    closest = distance / (vdw_radii[frame.numbers[first]] + vdw_radii[frame.numbers[second]])
+    bonds = neighbor_list("i", atoms, natural_cutoffs(atoms, mult=1.25))
+    n_molecules = frame.n_atoms - len(bonds) / 2  # trees
+    assert n_molecules == 8
+    # Between bonded distances (up to H-H in methane, 0.75) and contacts nothing is left but the contacts.
+    assert not ((closest > 0.77) & (closest < 0.8)).any()
+
+
+def test_cut_is_the_most_uncertain_molecule_with_its_nearest_neighbours():
+    edge, water = 12.0, np.array([[0.0, 0.0, 0.0], [0.96, 0.0, 0.0], [-0.24, 0.93, 0.0]])
+    # The second lies across the boundary; its nearest is the third, in the next cell.
+    places = np.array([[4.0, 4.0, 4.0], [11.8, 6.0, 6.0], [2.2, 6.0, 6.0], [7.0, 10.0, 1.0]])
+    positions = (np.concatenate([water + place for place in places])) % edge
+    frame = Frame(np.tile([8, 1, 1], 4), positions, edge * np.eye(3), np.ones(3, dtype=bool))
+    uncertainty = np.repeat([0.1, 0.5, 0.2, 0.3], 3)
+    cut = cut_out(frame, uncertainty, 2)
+    assert not cut.pbc.any()
+    assert cut.numbers.tolist() == [8, 1, 1] * 2
+    distances = np.linalg.norm(cut.positions[:, None] - cut.positions, axis=2)
+    expected = np.concatenate([water + places[1], water + places[2] + [edge, 0, 0]])
+    np.testing.assert_allclose(distances, np.linalg.norm(expected[:, None] - expected, axis=2), atol=1e-9)
+    assert cut_out(frame, uncertainty, 9).n_atoms == 12
+
+
+def test_cut_with_an_odd_electron_is_dropped():
+    frame = Frame(np.array([8, 1]), np.array([[1.0, 1, 1], [1.97, 1, 1]]), 9 * np.eye(3), np.ones(3, dtype=bool))
+    assert cut_out(frame, np.ones(2), 1) is None
+
+
+def test_walkers_in_boxes_leave_dimers(tmp_path):
+    potential = PotentialSettings(
+        radial_cutoff_A=4.0, angular_cutoff_A=3.0, n_radial=4, n_angular_radial=2, n_angular=2, hidden=(8,), n_members=3
+    )
+    save_committee(Committee.from_settings(potential, ELEMENTS, seed=1), tmp_path / "model.safetensors", {})
+    molecules = settings_of(smiles=("O",), kinds={"box": 1.0}, box_size=(4, 6), test_fraction=0)
+    sampler = SamplerSettings(
+        timestep_fs=0.25, slots=4, check_every=5, min_time_ps=0.0, max_time_ps=0.02, minimum_distance_A=0.5,
+        force_mean_threshold_eV_A=1e-4, temperature_start_K=(300.0, 300.0), settle_steps=0,
+    )  # fmt: skip
+    builder = BuilderSettings(molecules=molecules)
+    sample(tmp_path / "model.safetensors", builder, sampler, 4, 5, tmp_path / "a.h5")
+    frames = list(open_shard(tmp_path / "a.h5").frames())
+    assert frames
+    assert all(sorted(frame.numbers) == [1, 1, 1, 1, 8, 8] and not frame.pbc.any() for frame in frames)
+    assert {frame.origin.kind for frame in frames} == {"walker"}
 
 
 def test_kinds_are_mixed_by_their_weights():

@@ -115,6 +115,30 @@ def test_stacked_adam_equals_torch_adam_of_each_member():
     assert torch.allclose(stacked, torch.stack([single.detach() for single in singles]), rtol=0, atol=1e-14)
 
 
+def test_factors_are_learning_rates_of_single_parameters_and_zero_is_bitwise_rest():
+    torch.manual_seed(0)
+    start = torch.randn(2, 6)
+    start[0, 0] = -0.0
+    factors = torch.tensor([0.0, 0.0, 0.5, 0.5, 1.0, 1.0], dtype=torch.float64)
+    stacked, adam = start.clone(), Adam.like(start)
+    parts = [start[:, 2:4].clone().requires_grad_(), start[:, 4:].clone().requires_grad_()]
+    reference = torch.optim.Adam([{"params": [parts[0]], "lr": 5e-3}, {"params": [parts[1]], "lr": 1e-2}])
+    for _ in range(20):
+        gradient = torch.randn(2, 6)
+        adam.update(stacked, gradient, torch.full((2,), 1e-2, dtype=torch.float64), factors)
+        parts[0].grad, parts[1].grad = gradient[:, 2:4].clone(), gradient[:, 4:].clone()
+        reference.step()
+    assert stacked[:, :2].numpy().tobytes() == start[:, :2].numpy().tobytes()
+    torch.testing.assert_close(stacked[:, 2:], torch.cat(parts, 1).detach())
+
+
+def test_folds_of_a_higher_level_are_those_of_the_lower_one():
+    ids = _ids(4000)
+    blocks = dict(zip(ids, assign_blocks(ids), strict=True))
+    some = ids[::20]
+    assert assign_blocks(some).tolist() == [blocks[id] for id in some]
+
+
 def test_plateau_halves_the_rate_of_the_member_that_waits_and_stops_it_below_the_least():
     plateau = Plateau.start(2, rate=1.0, factor=0.5, patience=3, least=0.3)
     for epoch in range(20):
