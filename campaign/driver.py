@@ -338,7 +338,7 @@ class Driver:
             failure = failures.get(frame) or self._failure_without_label(frame, outcome)
             if failure["kind"] != FailureClass.MISSING:
                 events.append(("label_failed", {"frame": frame, "failure": failure}))
-                attempts = self._ledger.replay.in_flight[frame].attempts + 1
+                attempts = self._ledger.replay.in_flight[frame].failures(failure["kind"]) + 1
                 if verdict(FailureClass(failure["kind"]), attempts, self._settings) is Verdict.QUARANTINE:
                     events.append(("quarantined", {"frame": frame, "failure": failure}))
         return events

@@ -263,14 +263,14 @@ class ParslPools:
 def failure_class(error: BaseException) -> FailureClass:
     """Class of failure of a task that ended with an exception of Parsl's."""
     from parsl.executors.errors import BadStateException
-    from parsl.executors.high_throughput.errors import ManagerLost, WorkerLost
+    from parsl.executors.high_throughput.errors import ManagerLost
     from parsl.jobs.errors import TooManyJobFailuresError
 
     if isinstance(error, BadStateException | TooManyJobFailuresError):
         return FailureClass.MISSING  # workers cannot be started at all
-    if isinstance(error, WorkerLost | ManagerLost):
+    if isinstance(error, ManagerLost):
         return FailureClass.NODE_LOST
-    return FailureClass.CRASH
+    return FailureClass.CRASH  # a worker that dies alone, too
 
 
 def _log_to_file(path: Path) -> logging.Handler:

@@ -63,7 +63,12 @@ class Candidate:
     holdout: bool
     spread: float  # mean force spread by the model of `generation`, eV/A; 0 for bootstrap frames
     generation: int  # model that ranked it last; 0: none
-    attempts: int = 0  # labels of it that failed
+    attempts: int = 0  # labels of it that failed, by its own fault or that of the code
+    losses: int = 0  # labels of it that went with their node or block
+
+    def failures(self, kind: str) -> int:
+        """How many of its labels failed in this way: lost with their node, or any other."""
+        return self.losses if kind == FailureClass.NODE_LOST else self.attempts
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +109,8 @@ class StageTally:
     tasks: int = 0  # different tasks submitted; task ids count from it
     finished: int = 0
     failed: int = 0
-    failed_in_a_row: int = 0
+    failed_in_a_row: int = 0  # by anything but a lost node, which does not end the row either
+    lost_in_a_row: int = 0  # with their node or block
     seconds: float = 0.0  # sum over ended tasks of end - start
     phases: Mapping[str, float] = field(default_factory=dict)
     last_failure: str = ""  # class, message, log
@@ -319,7 +325,7 @@ class Replay:
             failed=False,
         )
         for tally in self._stages.values():
-            tally.failed_in_a_row = 0
+            tally.failed_in_a_row = tally.lost_in_a_row = 0
         self._recent.clear()
 
     def _driver_stopped(self, event: Mapping[str, Any]) -> None:
@@ -340,7 +346,7 @@ class Replay:
         task = self._running.pop(event["task"])
         tally = self._tally(task.stage)
         tally.finished += 1
-        tally.failed_in_a_row = 0
+        tally.failed_in_a_row = tally.lost_in_a_row = 0
         tally.add_timing(event["timing"])
         if task.stage == "sample":
             self._walkers.add(event["facts"])
@@ -351,7 +357,10 @@ class Replay:
         task = self._running.pop(event["task"])
         tally = self._tally(task.stage)
         tally.failed += 1
-        tally.failed_in_a_row += 1
+        if event["failure"]["kind"] == FailureClass.NODE_LOST:
+            tally.lost_in_a_row += 1
+        else:
+            tally.failed_in_a_row += 1
         tally.add_timing(event["timing"])
         tally.last_failure = describe_failure(event["failure"])
         if event["failure"]["kind"] == FailureClass.MISSING:
@@ -392,7 +401,10 @@ class Replay:
         kind = event["failure"]["kind"]
         self._label_failures[kind] = self._label_failures.get(kind, 0) + 1
         candidate = self._in_flight.pop(event["frame"])
-        self._queue[candidate.frame] = replace(candidate, attempts=candidate.attempts + 1)
+        lost = kind == FailureClass.NODE_LOST
+        self._queue[candidate.frame] = replace(
+            candidate, attempts=candidate.attempts + (not lost), losses=candidate.losses + lost
+        )
 
     def _quarantined(self, event: Mapping[str, Any]) -> None:
         failure = event["failure"]
@@ -437,7 +449,7 @@ class _Tally:
     """StageTally while it grows."""
 
     def __init__(self) -> None:
-        self.tasks = self.finished = self.failed = self.failed_in_a_row = 0
+        self.tasks = self.finished = self.failed = self.failed_in_a_row = self.lost_in_a_row = 0
         self.seconds = 0.0
         self.phases: dict[str, float] = {}
         self.last_failure = ""
@@ -453,6 +465,7 @@ class _Tally:
             self.finished,
             self.failed,
             self.failed_in_a_row,
+            self.lost_in_a_row,
             self.seconds,
             MappingProxyType(dict(self.phases)),
             self.last_failure,

@@ -162,12 +162,12 @@ class World:
     def end_label(self, inputs: dict[str, Any]) -> None:
         for frame in inputs["frames"]:
             candidate = self.replay.in_flight[frame]
-            kind = self.label_fate(frame, candidate.attempts + 1)
+            kind = self.label_fate(frame, candidate.attempts + candidate.losses + 1)
             if not kind:
                 self.emit("labeled", frame=frame, receipt={"path": frame})
                 continue
             self.emit("label_failed", frame=frame, failure=failure(kind))
-            fate = verdict(FailureClass(kind), candidate.attempts + 1, self.settings)
+            fate = verdict(FailureClass(kind), candidate.failures(kind) + 1, self.settings)
             if fate is Verdict.QUARANTINE:
                 self.emit("quarantined", frame=frame, failure=failure(kind))
 
