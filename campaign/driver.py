@@ -31,6 +31,7 @@ from campaign.config import (
     to_toml,
 )
 from campaign.harvest import label_path, merge, published_label, reconcile, record_labels
+from campaign.horizon import task_limits
 from campaign.lease import Holder, Lease
 from campaign.ledger import Ledger
 from campaign.policy import (
@@ -51,10 +52,13 @@ from campaign.policy import (
     holdout_of,
     verdict,
 )
-from campaign.site import ParslPools, Pools, Site, failure_class
+from campaign.pools import ParslPools, Pools, failure_class
+from campaign.reference import document
+from campaign.site import Site
 from campaign.state import Candidate, State, Task
+from campaign.stop import Request, forget_stop, stop_request
 from campaign.tasks import candidates_path, scratch_folder, stage_call
-from campaign.worker import perform, read_outcome
+from campaign.worker import forget_work, has_begun, perform, read_outcome
 from shards.frame import Frame
 from shards.outcome import Failure, FailureClass, Outcome, Timing
 from shards.reader import ShardError, open_shard
@@ -63,6 +67,8 @@ from shards.writer import write_frames
 
 __all__ = ["run_campaign"]
 
+SITE_HEADER = "The site of the last run on this directory: what its machine offered, with every field."
+PER_FRAME = ("scores", "order", "failures", "postponed")
 TICK_S = 0.5  # longest time between two looks at published labels
 PACKAGES = ("smelt", "torch", "ase", "h5py", "parsl", "mpi4py", "horovod", "gpaw", "numpy")
 
@@ -84,18 +90,20 @@ def run_campaign(
         MissingEngine: the quantum code or its data is not there.
         LeaseError: another driver is at work on `run_dir`.
         LedgerError, ShardError, ManifestError: files of the run directory that are damaged.
-        KeyboardInterrupt: on SIGINT and SIGTERM, after all workers were stopped and the ledger closed.
+        KeyboardInterrupt: on SIGINT, SIGTERM and `smelt stop`, after all workers were stopped and the ledger closed.
     """
     if isinstance(config, Path):
         config = load_campaign(config)
+    limits = task_limits(config, site)
     level = _check_environment(config)
     with _lease(run_dir, config) as holder, Ledger(run_dir) as ledger:
         if not _open_campaign(config, run_dir, ledger, level):
             return ledger.replay.state()
+        _write_atomically(run_dir / "site.toml", document(SITE_HEADER, site))
         reconcile(run_dir, ledger, level)
         with _interruptible() as interrupted, _session(config, run_dir, ledger, holder):
             try:
-                with ParslPools(site, run_dir) as pools:
+                with ParslPools(site, run_dir, limits) as pools:
                     Driver(config, run_dir, site, ledger, level, pools, holder, on_event).run(interrupted)
             finally:
                 # What workers published while they were being stopped.
@@ -118,6 +126,7 @@ def _lease(run_dir: Path, config: CampaignConfig) -> Iterator[Holder]:
     run_dir.mkdir(parents=True, exist_ok=True)
     with Lease(run_dir) as lease:
         _check_same_campaign(run_dir, config)
+        forget_stop(run_dir)
         for folder in ("candidates", "labels", "models", "scratch", "logs"):
             (run_dir / folder).mkdir(exist_ok=True)
         yield lease.holder
@@ -168,7 +177,7 @@ def _session(config: CampaignConfig, run_dir: Path, ledger: Ledger, holder: Hold
     try:
         yield
     except BaseException as error:
-        reason = "interrupted" if isinstance(error, KeyboardInterrupt) else f"{type(error).__name__}: {error}"
+        reason = str(error) if isinstance(error, KeyboardInterrupt) else f"{type(error).__name__}: {error}"
         ledger.append("driver_stopped", reason=reason)
         raise
     ledger.append("driver_stopped", reason="the campaign has ended")
@@ -217,9 +226,11 @@ class Driver:
         self._holder = holder
         self._on_event = on_event
         self._futures: dict[Future[dict[str, Any]], Task] = {}
+        self._waits: dict[str, str] = {}
 
     def run(self, interrupted: threading.Event) -> None:
-        """Raises KeyboardInterrupt once `interrupted` is set."""
+        """Raises KeyboardInterrupt, with the reason, once `interrupted` is set, or the run directory has a request to
+        stop that is met: nothing that would have to end first is under way any more."""
         running = self._ledger.replay.state().running
         for folder in {*(self._run_dir / "scratch").iterdir()} - {scratch_folder(self._run_dir, t.id) for t in running}:
             if outcome := read_outcome(folder):
@@ -227,14 +238,20 @@ class Driver:
         for task in running:
             self._start(task.id, task.stage, task.inputs)
         while not (state := self._ledger.replay.state()).finished:
-            actions = decide(state, self._settings, self._pools.slots, time.time())
+            request = stop_request(self._run_dir)
+            actions = [] if request else decide(state, self._settings, self._pools.slots, time.time())
             for action in actions:
                 self._carry_out(action)
             self._on_event(self._ledger.replay.state())
             if not any(isinstance(action, Stop | Finish | Fail) for action in actions):
                 self._wait()
+            if request is Request.NOW or (request and not self._is_under_way()):
+                raise KeyboardInterrupt("smelt stop")
             if interrupted.is_set():
-                raise KeyboardInterrupt
+                raise KeyboardInterrupt("interrupted")
+
+    def _is_under_way(self) -> bool:
+        return any(has_begun(scratch_folder(self._run_dir, task.id)) for task in self._futures.values())
 
     def _wait(self) -> None:
         """Until a task ends, or a tick has passed; record what has come."""
@@ -246,6 +263,9 @@ class Driver:
         for future in done:
             self._settle(self._futures.pop(future), future)
         record_labels(self._run_dir, self._ledger, list(self._ledger.replay.in_flight), self._level)
+        waits = {pool: why for pool, why in self._pools.waits().items() if why != self._waits.get(pool, "")}
+        self._ledger.append_all([("pool_waits", {"pool": pool, "reason": why}) for pool, why in waits.items()])
+        self._waits |= waits
         if reason := self._pools.lost():
             self._ledger.append("campaign_finished", reason=reason, failed=True)
 
@@ -305,6 +325,7 @@ class Driver:
         task = self._ledger.replay.task(task_id)
         call = stage_call(task, self._config, self._site, self._run_dir, self._ledger.replay.models)
         scratch = scratch_folder(self._run_dir, task_id)
+        forget_work(scratch)
         self._futures[self._pools.submit(POOL_OF[stage], perform, call, scratch, self._holder)] = task
 
     # What comes back.
@@ -312,6 +333,8 @@ class Driver:
     def _settle(self, task: Task, future: Future[dict[str, Any]]) -> None:
         """Record what a task brought and that it has ended, in one write: a crash leaves both or neither."""
         outcome = self._outcome(task, future)
+        if outcome.facts.get("withheld"):
+            return  # the next driver submits it again
         events: list[Event] = []
         if task.stage == "label":
             events = self._label_events(task, outcome)
@@ -332,9 +355,11 @@ class Driver:
     def _label_events(self, task: Task, outcome: Outcome) -> list[Event]:
         """What becomes of every frame of a label task: its file, its own failure, or that of the whole task."""
         record_labels(self._run_dir, self._ledger, self._held_by(task), self._level)
-        failures = outcome.facts.get("failures", {})
+        failures, postponed = outcome.facts.get("failures", {}), outcome.facts.get("postponed", [])
         events: list[Event] = []
         for frame in self._held_by(task):
+            if frame in postponed:
+                continue
             failure = failures.get(frame) or self._failure_without_label(frame, outcome)
             if failure["kind"] != FailureClass.MISSING:
                 events.append(("label_failed", {"frame": frame, "failure": failure}))
@@ -420,6 +445,7 @@ class Driver:
 
 def _tidy(scratch: Path, outcome: Outcome) -> None:
     """Remove what an ended task needed; logs of failures stay."""
+    forget_work(scratch)
     if outcome.failure is None and not outcome.facts.get("failures"):
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -429,7 +455,7 @@ def _end_event(task: Task, outcome: Outcome) -> Event:
     if outcome.failure is not None:
         return "task_failed", {"task": task.id, "timing": timing, "failure": asdict(outcome.failure)}
     # Per-frame facts have been recorded as events of their own.
-    facts = {key: value for key, value in outcome.facts.items() if key not in ("scores", "order", "failures")}
+    facts = {key: value for key, value in outcome.facts.items() if key not in PER_FRAME}
     return "task_finished", {"task": task.id, "timing": timing, "facts": _finite(facts)}
 
 

@@ -44,6 +44,7 @@ EVENTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "model_trained": ("generation", "path", "digest", "n_labels", "metrics"),
         "model_evaluated": ("generation", "n_labels", "metrics"),  # on n_labels held-out labels
         "stop_reached": ("reason",),
+        "pool_waits": ("pool", "reason"),  # why its tasks wait for nodes; empty: no more
         "campaign_finished": ("reason", "failed"),
     }
 )
@@ -111,6 +112,7 @@ class StageTally:
     failed: int = 0
     failed_in_a_row: int = 0  # by anything but a lost node, which does not end the row either
     lost_in_a_row: int = 0  # with their node or block
+    failures: Mapping[str, int] = field(default_factory=dict)  # class -> tasks
     seconds: float = 0.0  # sum over ended tasks of end - start
     phases: Mapping[str, float] = field(default_factory=dict)
     last_failure: str = ""  # class, message, log
@@ -167,6 +169,7 @@ class State:
     n_candidates: int = 0  # frames ever queued
     dropped: Mapping[str, int] = field(default_factory=dict)  # reason -> frames
     label_failures: Mapping[str, int] = field(default_factory=dict)  # class -> failed attempts
+    waits: Mapping[str, str] = field(default_factory=dict)  # pool -> why its tasks wait for nodes
     recent: tuple[bool, ...] = ()  # newest verdicts on frames, oldest first: labeled or quarantined
     stages: Mapping[str, StageTally] = field(default_factory=dict)
     walkers: Walkers = field(default_factory=Walkers)  # of all models
@@ -212,6 +215,7 @@ class Replay:
         self._n_bootstrap = 0
         self._dropped: dict[str, int] = {}
         self._label_failures: dict[str, int] = {}
+        self._waits: dict[str, str] = {}
         self._recent: deque[bool] = deque(maxlen=RECENT)
         self._stages: dict[str, _Tally] = {}
         self._walkers = _WalkerTally()
@@ -248,6 +252,7 @@ class Replay:
             n_candidates=len(self._known),
             dropped=MappingProxyType(dict(self._dropped)),
             label_failures=MappingProxyType(dict(self._label_failures)),
+            waits=MappingProxyType(dict(self._waits)),
             recent=tuple(self._recent),
             stages=MappingProxyType({name: tally.frozen() for name, tally in self._stages.items()}),
             walkers=self._walkers.frozen(),
@@ -327,10 +332,12 @@ class Replay:
         for tally in self._stages.values():
             tally.failed_in_a_row = tally.lost_in_a_row = 0
         self._recent.clear()
+        self._waits.clear()
 
     def _driver_stopped(self, event: Mapping[str, Any]) -> None:
         self._active_before_s += event["time"] - self._session_started
         self._state = replace(self._state, driver=None)
+        self._waits.clear()
 
     def _task_submitted(self, event: Mapping[str, Any]) -> None:
         task = Task(event["task"], event["stage"], MappingProxyType(event["inputs"]), event["time"])
@@ -343,7 +350,7 @@ class Replay:
                     self._in_flight[frame] = self._queue.pop(frame)
 
     def _task_finished(self, event: Mapping[str, Any]) -> None:
-        task = self._running.pop(event["task"])
+        task = self._end(event)
         tally = self._tally(task.stage)
         tally.finished += 1
         tally.failed_in_a_row = tally.lost_in_a_row = 0
@@ -354,21 +361,26 @@ class Replay:
                 self._walkers_newest.add(event["facts"])
 
     def _task_failed(self, event: Mapping[str, Any]) -> None:
-        task = self._running.pop(event["task"])
+        task, kind = self._end(event), event["failure"]["kind"]
         tally = self._tally(task.stage)
         tally.failed += 1
-        if event["failure"]["kind"] == FailureClass.NODE_LOST:
+        tally.failures[kind] = tally.failures.get(kind, 0) + 1
+        if kind == FailureClass.NODE_LOST:
             tally.lost_in_a_row += 1
         else:
             tally.failed_in_a_row += 1
         tally.add_timing(event["timing"])
         tally.last_failure = describe_failure(event["failure"])
-        if event["failure"]["kind"] == FailureClass.MISSING:
+        if kind == FailureClass.MISSING:
             self._state = replace(self._state, blocked=tally.last_failure)
-        if task.stage == "label":  # frames the failure says nothing about go back as they were
-            for frame in task.inputs["frames"]:
-                if frame in self._in_flight:
-                    self._queue[frame] = self._in_flight.pop(frame)
+
+    def _end(self, event: Mapping[str, Any]) -> Task:
+        """Frames of a label task that nothing has been said about go back as they were."""
+        task = self._running.pop(event["task"])
+        for frame in task.inputs["frames"] if task.stage == "label" else ():
+            if frame in self._in_flight:
+                self._queue[frame] = self._in_flight.pop(frame)
+        return task
 
     def _frames_queued(self, event: Mapping[str, Any]) -> None:
         path, kind, generation = event["path"], event["kind"], event["generation"]
@@ -433,6 +445,11 @@ class Replay:
     def _stop_reached(self, event: Mapping[str, Any]) -> None:
         self._state = replace(self._state, stopping=event["reason"])
 
+    def _pool_waits(self, event: Mapping[str, Any]) -> None:
+        self._waits.pop(event["pool"], None)
+        if event["reason"]:
+            self._waits[event["pool"]] = event["reason"]
+
     def _campaign_finished(self, event: Mapping[str, Any]) -> None:
         self._state = replace(self._state, finished=event["reason"], failed=event["failed"])
 
@@ -450,6 +467,7 @@ class _Tally:
 
     def __init__(self) -> None:
         self.tasks = self.finished = self.failed = self.failed_in_a_row = self.lost_in_a_row = 0
+        self.failures: dict[str, int] = {}
         self.seconds = 0.0
         self.phases: dict[str, float] = {}
         self.last_failure = ""
@@ -466,6 +484,7 @@ class _Tally:
             self.failed,
             self.failed_in_a_row,
             self.lost_in_a_row,
+            MappingProxyType(dict(self.failures)),
             self.seconds,
             MappingProxyType(dict(self.phases)),
             self.last_failure,

@@ -14,6 +14,7 @@ from typing import Any
 from campaign.harvest import PARTS, manifest_path
 from campaign.lease import Holder, holder_of
 from campaign.state import Model, StageTally, State, Walkers
+from campaign.stop import stop_request
 from campaign.tasks import model_folder, progress_path
 from shards.manifest import Manifest
 from shards.reader import ShardError, open_shard
@@ -35,7 +36,7 @@ def summarise(run_dir: Path, state: State) -> dict[str, Any]:
     return {
         "name": state.name,
         "run_dir": str(run_dir),
-        "status": _status(state, driver),
+        "status": "draining" if driver and stop_request(run_dir) else _status(state, driver),
         "reason": state.finished or state.stopping,
         "elapsed_s": state.active_s + (max(0.0, time.time() - state.time) if driver else 0.0),
         "driver": {"host": driver.host, "pid": driver.pid} if driver else None,
@@ -50,6 +51,7 @@ def summarise(run_dir: Path, state: State) -> dict[str, Any]:
         "training": _training(run_dir, state),
         "learning_curve": [_model(model) for model in state.models],
         "stages": _stages(state),
+        "waits": dict(state.waits),
     }
 
 

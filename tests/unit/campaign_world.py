@@ -53,7 +53,8 @@ def failure(kind: str, message: str = "made to fail") -> dict[str, str]:
 @dataclass
 class World:
     """Runs the policy until it ends. `label_fate(frame, attempt)` and `task_fate(stage, counter)` name a class of
-    failure, or nothing; `triggers(generation)` says how many of ten walkers trigger."""
+    failure, or nothing; a label may also be "postponed". `triggers(generation)` says how many of ten walkers trigger.
+    """
 
     settings: CampaignSettings
     slots: Mapping[str, int] = field(default_factory=lambda: dict(SLOTS))
@@ -165,6 +166,8 @@ class World:
             kind = self.label_fate(frame, candidate.attempts + candidate.losses + 1)
             if not kind:
                 self.emit("labeled", frame=frame, receipt={"path": frame})
+                continue
+            if kind == "postponed":
                 continue
             self.emit("label_failed", frame=frame, failure=failure(kind))
             fate = verdict(FailureClass(kind), candidate.failures(kind) + 1, self.settings)

@@ -220,6 +220,19 @@ def test_lost_nodes_are_no_attempts_of_a_frame_until_there_are_far_too_many() ->
     assert {len(batch) for batch in sent[1:]} == {1}
 
 
+def test_frames_that_a_label_task_hands_back_are_labeled_later() -> None:
+    handed_back = set()
+
+    def fate(frame: str, attempt: int) -> str:
+        late = frame not in handed_back and int(frame, 16) % 3 == 0
+        handed_back.update([frame] if late else [])
+        return "postponed" if late else ""
+
+    state = World(settings(), label_fate=fate).run()
+    assert (state.failed, state.n_labels, dict(state.label_failures)) == (False, 80, {})
+    assert len(handed_back) > 20
+
+
 def test_something_missing_ends_the_campaign_at_once_and_blames_no_frame() -> None:
     state = World(settings(), task_fate=lambda stage, counter: "missing" if stage == "label" else "").run()
     assert state.failed
