@@ -1,6 +1,7 @@
 """What can be asked for on the command line? The only place where arguments are read and exit codes are chosen.
 
-0: done. 1: a campaign or a stage failed, with the reason. 2: bad input, with one line that says what. 130: interrupted.
+0: done. 1: a campaign or a stage failed, with the reason. 2: bad input, with one line that says what. 130: interrupted,
+also by smelt stop.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -109,12 +111,14 @@ def run(
 def status(
     run_dir: RunDir, as_json: Annotated[bool, typer.Option("--json", help="Everything, for programs.")] = False
 ) -> None:
-    """Say where a campaign is, while it runs or after. Reads files only."""
+    """Say where a campaign is, while it runs or after: on any host that sees its directory."""
     from campaign.ledger import read_state
     from campaign.summary import summarise
     from campaign.view import page
+    from campaign.whereabouts import whereabouts
 
-    summary = summarise(run_dir, read_state(run_dir))
+    state = read_state(run_dir)
+    summary = summarise(run_dir, state) | whereabouts(run_dir, state)
     if as_json:
         print(json.dumps(summary, indent=2))
     else:
@@ -156,6 +160,29 @@ def simulate(
         print(json.dumps(result, indent=2))
     else:
         _console().print(forecast_page(result))
+
+
+def stop(
+    run_dir: RunDir,
+    now: Annotated[bool, typer.Option("--now", help="End what runs, too; the next run starts it again.")] = False,
+) -> None:
+    """Let a campaign start nothing more, and wait until what runs has ended. smelt run goes on from there."""
+    from campaign.lease import holder_of
+    from campaign.ledger import read_state
+    from campaign.stop import Request, request_stop
+    from campaign.worker import work_under_way
+
+    read_state(run_dir)
+    said = ""
+    while holder := holder_of(run_dir):
+        if not said:
+            request_stop(run_dir, Request.NOW if now else Request.DRAIN)
+        works = ", ".join(f"{work.task} on {work.host}" for work in work_under_way(run_dir))
+        if (note := f"waiting for {works or f'the driver (pid {holder.pid} on {holder.host})'}") != said:
+            print(note, flush=True)
+            said = note
+        time.sleep(1)
+    print("stopped; smelt run goes on from here" if said else f"no driver is at work on {run_dir}")
 
 
 @app.command()

@@ -71,6 +71,9 @@ class CampaignSettings(Settings):
     attempts: int = Field(default=3, ge=1)
     """A frame whose label failed so often is set aside (quarantined); another task that failed so often in a row ends
     the campaign. Unphysical frames and labels are set aside at once."""
+    losses: int = Field(default=20, ge=1)
+    """The same for tasks that are lost with their node or block (walltime, preemption, a dead node, scancel), which
+    do not count as attempts: one that kills its nodes is noticed by this."""
     failure_first: int = Field(default=5, ge=1)
     """Systematic failure: the campaign ends when the first so many frames were all set aside."""
     failure_window: int = Field(default=50, ge=1, le=1000)

@@ -181,7 +181,8 @@ def _rdkit(scratch: Path) -> str:
 
 
 def _parsl(scratch: Path) -> str:
-    from campaign.site import ParslPools, Site
+    from campaign.pools import ParslPools
+    from campaign.site import Site
 
     with ParslPools(Site(name="doctor"), scratch) as pools:
         pid = pools.submit("sample", _worker).result(PATIENCE_S)["pid"]

@@ -33,6 +33,7 @@ from campaign.config import (
     to_toml,
 )
 from campaign.harvest import label_path, merge, published_label, reconcile, record_labels
+from campaign.horizon import task_limits
 from campaign.lease import Holder, Lease
 from campaign.ledger import Ledger
 from campaign.policy import (
@@ -53,10 +54,13 @@ from campaign.policy import (
     verdict,
     waits,
 )
-from campaign.site import ParslPools, Pools, Site, failure_class
+from campaign.pools import ParslPools, Pools, failure_class
+from campaign.reference import document
+from campaign.site import Site
 from campaign.state import POOL_OF, Candidate, State, Task
+from campaign.stop import Request, forget_stop, stop_request
 from campaign.tasks import candidates_path, scratch_folder, stage_call
-from campaign.worker import perform, read_outcome
+from campaign.worker import forget_work, has_begun, perform, read_outcome
 from shards.frame import Frame
 from shards.outcome import Failure, FailureClass, Outcome, Timing
 from shards.reader import ShardError, open_shard
@@ -65,6 +69,8 @@ from shards.writer import write_frames
 
 __all__ = ["run_campaign"]
 
+SITE_HEADER = "The site of the last run on this directory: what its machine offered, with every field."
+PER_FRAME = ("scores", "order", "failures", "postponed")
 TICK_S = 0.5  # longest time between two decisions
 LOOK_S = 5.0  # time between two looks at labels that tasks under way have published
 PACKAGES = ("smelt", "torch", "ase", "h5py", "parsl", "mpi4py", "horovod", "gpaw", "numpy")
@@ -88,18 +94,20 @@ def run_campaign(
         MissingEngine: the quantum code or its data is not there.
         LeaseError: another driver is at work on `run_dir`.
         LedgerError, ShardError, ManifestError: files of the run directory that are damaged.
-        KeyboardInterrupt: on SIGINT and SIGTERM, after all workers were stopped and the ledger closed.
+        KeyboardInterrupt: on SIGINT, SIGTERM and `smelt stop`, after all workers were stopped and the ledger closed.
     """
     if isinstance(config, Path):
         config = load_campaign(config)
+    limits = task_limits(config, site)
     level = _check_environment(config)
     with _lease(run_dir, config) as holder, Ledger(run_dir) as ledger:
         if not _open_campaign(config, run_dir, ledger, level):
             return ledger.replay.state()
+        _write_atomically(run_dir / "site.toml", document(SITE_HEADER, site))
         reconcile(run_dir, ledger, level)
         with _interruptible() as interrupted, _session(config, site, ledger, holder):
             try:
-                with ParslPools(site, run_dir) as pools:
+                with ParslPools(site, run_dir, limits) as pools:
                     Driver(config, run_dir, site, ledger, level, pools, holder, on_event).run(interrupted)
             finally:
                 # What workers published while they were being stopped.
@@ -122,6 +130,7 @@ def _lease(run_dir: Path, config: CampaignConfig) -> Iterator[Holder]:
     run_dir.mkdir(parents=True, exist_ok=True)
     with Lease(run_dir) as lease:
         _check_same_campaign(run_dir, config)
+        forget_stop(run_dir)
         for folder in ("candidates", "labels", "models", "scratch", "logs"):
             (run_dir / folder).mkdir(exist_ok=True)
         yield lease.holder
@@ -174,7 +183,7 @@ def _session(config: CampaignConfig, site: Site, ledger: Ledger, holder: Holder)
     try:
         yield
     except BaseException as error:
-        reason = "interrupted" if isinstance(error, KeyboardInterrupt) else f"{type(error).__name__}: {error}"
+        reason = str(error) if isinstance(error, KeyboardInterrupt) else f"{type(error).__name__}: {error}"
         ledger.append("driver_stopped", reason=reason)
         raise
     ledger.append("driver_stopped", reason="the campaign has ended")
@@ -227,16 +236,19 @@ class Driver:
         self._tasks: dict[Future[dict[str, Any]], Task] = {}
         self._ended: SimpleQueue[Future[dict[str, Any]]] = SimpleQueue()
         self._looked = 0.0
+        self._waits: dict[str, str] = {}
 
     def run(self, interrupted: threading.Event) -> None:
-        """Raises KeyboardInterrupt once `interrupted` is set."""
+        """Raises KeyboardInterrupt, with the reason, once `interrupted` is set, or the run directory has a request to
+        stop that is met: nothing that would have to end first is under way any more."""
         running = self._ledger.replay.state().running
         for folder in {*(self._run_dir / "scratch").iterdir()} - {scratch_folder(self._run_dir, t.id) for t in running}:
             if outcome := read_outcome(folder):
                 _tidy(folder, outcome)
         self._start([(task.id, task.stage, task.inputs) for task in running])
         while not (state := self._ledger.replay.state()).finished:
-            actions = decide(state, self._settings, self._pools.slots, time.time())
+            request = stop_request(self._run_dir)
+            actions = [] if request else decide(state, self._settings, self._pools.slots, time.time())
             for action in actions:
                 self._carry_out(action)
             self._start(self._new)
@@ -245,8 +257,13 @@ class Driver:
             self._on_event(self._ledger.replay.state())
             if not any(isinstance(action, Stop | Finish | Fail) for action in actions):
                 self._wait()
+            if request is Request.NOW or (request and not self._is_under_way()):
+                raise KeyboardInterrupt("smelt stop")
             if interrupted.is_set():
-                raise KeyboardInterrupt
+                raise KeyboardInterrupt("interrupted")
+
+    def _is_under_way(self) -> bool:
+        return any(has_begun(scratch_folder(self._run_dir, task.id)) for task in self._tasks.values())
 
     def _note_waits(self) -> None:
         """Record what free slots wait for, when that has changed."""
@@ -262,6 +279,9 @@ class Driver:
         if time.monotonic() - self._looked > LOOK_S:
             record_labels(self._run_dir, self._ledger, self._ledger.replay.in_flight, self._level)
             self._looked = time.monotonic()
+        waits = {pool: why for pool, why in self._pools.waits().items() if why != self._waits.get(pool, "")}
+        self._ledger.append_all([("pool_waits", {"pool": pool, "reason": why}) for pool, why in waits.items()])
+        self._waits |= waits
         if reason := self._pools.lost():
             self._ledger.append("campaign_finished", reason=reason, failed=True)
 
@@ -332,6 +352,7 @@ class Driver:
             task = self._ledger.replay.task(id)
             call = stage_call(task, self._config, self._site, self._run_dir, self._ledger.replay.models)
             scratch = scratch_folder(self._run_dir, id)
+            forget_work(scratch)
             future = self._pools.submit(POOL_OF[stage], perform, call, scratch, self._holder)
             self._tasks[future] = task
             future.add_done_callback(self._ended.put)
@@ -339,7 +360,11 @@ class Driver:
     # What comes back.
 
     def _settle(self, ended: Sequence[tuple[Task, Outcome]]) -> None:
-        """Record what tasks brought and that they have ended, in one write: a crash leaves both or neither."""
+        """Record what tasks brought and that they have ended, in one write: a crash leaves both or neither.
+
+        One that was withheld is submitted again by the next driver.
+        """
+        ended = [(task, outcome) for task, outcome in ended if not outcome.facts.get("withheld")]
         receipts = {Path(receipt.path).stem: receipt for _, outcome in ended for receipt in outcome.receipts}
         frames = [frame for task, _ in ended if task.stage == "label" for frame in self._held_by(task)]
         record_labels(self._run_dir, self._ledger, frames, self._level, receipts)
@@ -365,13 +390,15 @@ class Driver:
 
     def _label_events(self, task: Task, outcome: Outcome) -> list[Event]:
         """What becomes of every frame of a label task: its file, its own failure, or that of the whole task."""
-        failures = outcome.facts.get("failures", {})
+        failures, postponed = outcome.facts.get("failures", {}), outcome.facts.get("postponed", [])
         events: list[Event] = []
         for frame in self._held_by(task):
+            if frame in postponed:
+                continue
             failure = failures.get(frame) or self._failure_without_label(frame, outcome)
             if failure["kind"] != FailureClass.MISSING:
                 events.append(("label_failed", {"frame": frame, "failure": failure}))
-                attempts = self._ledger.replay.in_flight[frame].attempts + 1
+                attempts = self._ledger.replay.in_flight[frame].failures(failure["kind"]) + 1
                 if verdict(FailureClass(failure["kind"]), attempts, self._settings) is Verdict.QUARANTINE:
                     events.append(("quarantined", {"frame": frame, "failure": failure}))
         return events
@@ -453,6 +480,7 @@ class Driver:
 
 def _tidy(scratch: Path, outcome: Outcome) -> None:
     """Remove what an ended task needed; logs of failures stay."""
+    forget_work(scratch)
     if outcome.failure is None and not outcome.facts.get("failures"):
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -462,7 +490,7 @@ def _end_event(task: Task, outcome: Outcome) -> Event:
     if outcome.failure is not None:
         return "task_failed", {"task": task.id, "timing": timing, "failure": asdict(outcome.failure)}
     # Per-frame facts have been recorded as events of their own.
-    facts = {key: value for key, value in outcome.facts.items() if key not in ("scores", "order", "failures")}
+    facts = {key: value for key, value in outcome.facts.items() if key not in PER_FRAME}
     return "task_finished", {"task": task.id, "timing": timing, "facts": _finite(facts)}
 
 

@@ -123,6 +123,8 @@ def _failure(state: State, settings: CampaignSettings) -> str:
     for stage, tally in state.stages.items():
         if stage != "label" and tally.failed_in_a_row >= settings.attempts:
             return f"{stage} failed {tally.failed_in_a_row} times in a row; {tally.last_failure}"
+        if stage != "label" and tally.lost_in_a_row >= settings.losses:
+            return f"{stage} lost its node {tally.lost_in_a_row} times in a row; {tally.last_failure}"
     return _label_failure(state, settings) or _sampling_failure(state, settings)
 
 
@@ -283,11 +285,11 @@ def _n_ahead(state: State, settings: CampaignSettings) -> int:
 
 
 def _batches(candidates: Sequence[Candidate], size: int) -> list[tuple[Candidate, ...]]:
-    """Split in order. One that failed before goes alone, so that it cannot take others with it again."""
+    """Split in order. One that failed or was lost before goes alone, so that it cannot take others with it again."""
     batches: list[list[Candidate]] = []
     for candidate in candidates:
         last = batches[-1] if batches else []
-        if not last or len(last) >= size or candidate.attempts or last[-1].attempts:
+        if not last or len(last) >= size or any(c.attempts or c.losses for c in (candidate, last[-1])):
             batches.append([candidate])
         else:
             last.append(candidate)
@@ -302,12 +304,14 @@ class Verdict(StrEnum):
 
 
 def verdict(kind: FailureClass, attempts: int, settings: CampaignSettings) -> Verdict:
-    """attempts: labels of the frame that have failed, this one included.
+    """attempts: labels of the frame that have failed in this way (see Candidate.failures), this one included.
 
-    Another node may help against crashes, lost nodes and time limits. The labeler has already tried its whole ladder
+    A lost node says little about the frame, unless it happens again and again. Another node may help against crashes
+    and time limits. The labeler has already tried its whole ladder
     when it reports memory or SCF: once more, then no more. A wrong geometry or result stays wrong.
     """
     allowed = {
+        FailureClass.NODE_LOST: settings.losses,
         FailureClass.GEOMETRY: 1,
         FailureClass.BAD_LABEL: 1,
         FailureClass.MEMORY: min(2, settings.attempts),

@@ -17,7 +17,7 @@ from campaign.config import CampaignConfig
 from campaign.site import Pool, Site, Slurm, TrainPool
 from shards.settings import Settings
 
-__all__ = ["CONFIGS", "reference_files"]
+__all__ = ["CONFIGS", "document", "reference_files"]
 
 WIDTH = 118
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -44,9 +44,9 @@ def reference_files() -> dict[Path, str]:
     # The fields that have no default.
     config = CampaignConfig.model_validate_json('{"campaign": {"name": "reference", "elements": ["Al"]}}')
     return {
-        Path("reference.toml"): _document(CONFIG_HEADER, config),
-        Path("sites", "local.toml"): _document(SITE_HEADER, Site(name="this machine")),
-        Path("sites", "slurm.toml"): _document(SLURM_HEADER, _on_slurm()),
+        Path("reference.toml"): document(CONFIG_HEADER, config),
+        Path("sites", "local.toml"): document(SITE_HEADER, Site(name="this machine")),
+        Path("sites", "slurm.toml"): document(SLURM_HEADER, _on_slurm()),
     }
 
 
@@ -57,7 +57,8 @@ def _on_slurm() -> Site:
     )
 
 
-def _document(header: str, settings: Settings) -> str:
+def document(header: str, settings: Settings) -> str:
+    """The TOML text of settings, with the meaning of every field."""
     return "\n".join([*_comment(header), *_tables("", type(settings), settings)]) + "\n"
 
 

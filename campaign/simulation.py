@@ -45,6 +45,7 @@ class Fate:
     wait_s: float = 0.0  # before it starts
     failure: str = ""  # FailureClass of the whole task
     failures: Mapping[str, str] = field(default_factory=dict)  # of single frames of a label task: frame -> FailureClass
+    postponed: frozenset[str] = frozenset()  # frames of a label task that it left undone
     walkers: Mapping[str, Any] = field(default_factory=dict)  # of a sample task: its facts, as n_frames
 
 
@@ -184,11 +185,13 @@ class World:
 
     def _end_label(self, task: Task, fate: Fate) -> None:
         for frame in task.inputs["frames"]:
+            if frame in fate.postponed:
+                continue
             if frame not in fate.failures:
                 self.emit("labeled", frame=frame, receipt={"path": frame})
                 continue
             kind = FailureClass(fate.failures[frame])
-            attempts = self.replay.in_flight[frame].attempts + 1
+            attempts = self.replay.in_flight[frame].failures(kind) + 1
             self.emit("label_failed", frame=frame, failure=_failure(kind))
             if verdict(kind, attempts, self.settings) is Verdict.QUARANTINE:
                 self.emit("quarantined", frame=frame, failure=_failure(kind))

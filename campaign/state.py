@@ -48,6 +48,7 @@ EVENTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "model_trained": ("generation", "path", "digest", "n_labels", "metrics"),
         "model_evaluated": ("generation", "n_labels", "metrics"),  # on n_labels held-out labels
         "stop_reached": ("reason",),
+        "pool_waits": ("pool", "reason"),  # why its tasks wait for nodes; empty: no more
         "campaign_finished": ("reason", "failed"),
     }
 )
@@ -72,7 +73,12 @@ class Candidate:
     holdout: bool
     spread: float  # mean force spread by the model of `generation`, eV/A; 0 for bootstrap frames
     generation: int  # model that ranked it last; 0: none
-    attempts: int = 0  # labels of it that failed
+    attempts: int = 0  # labels of it that failed, by its own fault or that of the code
+    losses: int = 0  # labels of it that went with their node or block
+
+    def failures(self, kind: str) -> int:
+        """How many of its labels failed in this way: lost with their node, or any other."""
+        return self.losses if kind == FailureClass.NODE_LOST else self.attempts
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +119,9 @@ class StageTally:
     tasks: int = 0  # different tasks submitted; task ids count from it
     finished: int = 0
     failed: int = 0
-    failed_in_a_row: int = 0
+    failed_in_a_row: int = 0  # by anything but a lost node, which does not end the row either
+    lost_in_a_row: int = 0  # with their node or block
+    failures: Mapping[str, int] = field(default_factory=dict)  # class -> tasks
     seconds: float = 0.0  # sum over ended tasks of end - start
     phases: Mapping[str, float] = field(default_factory=dict)
     last_failure: str = ""  # class, message, log
@@ -170,6 +178,7 @@ class State:
     n_candidates: int = 0  # frames ever queued
     dropped: Mapping[str, int] = field(default_factory=dict)  # reason -> frames
     label_failures: Mapping[str, int] = field(default_factory=dict)  # class -> failed attempts
+    waits: Mapping[str, str] = field(default_factory=dict)  # pool -> why its tasks wait for nodes
     recent: tuple[bool, ...] = ()  # newest verdicts on frames, oldest first: labeled or quarantined
     stages: Mapping[str, StageTally] = field(default_factory=dict)
     walkers: Walkers = field(default_factory=Walkers)  # of all models
@@ -222,6 +231,7 @@ class Replay:
         self._n_bootstrap = 0
         self._dropped: dict[str, int] = {}
         self._label_failures: dict[str, int] = {}
+        self._waits: dict[str, str] = {}
         self._recent: deque[bool] = deque(maxlen=RECENT)
         self._stages: defaultdict[str, _Tally] = defaultdict(_Tally)
         self._walkers = _WalkerTally()
@@ -260,6 +270,7 @@ class Replay:
             n_candidates=len(self._known),
             dropped=MappingProxyType(dict(self._dropped)),
             label_failures=MappingProxyType(dict(self._label_failures)),
+            waits=MappingProxyType(dict(self._waits)),
             recent=tuple(self._recent),
             stages=MappingProxyType({name: tally.frozen() for name, tally in self._stages.items()}),
             walkers=self._walkers.frozen(),
@@ -341,12 +352,14 @@ class Replay:
             failed=False,
         )
         for tally in self._stages.values():
-            tally.failed_in_a_row = 0
+            tally.failed_in_a_row = tally.lost_in_a_row = 0
         self._recent.clear()
+        self._waits.clear()
 
     def _driver_stopped(self, event: Mapping[str, Any]) -> None:
         self._stop_work(event["time"])
         self._state = replace(self._state, driver=None)
+        self._waits.clear()
 
     def _stop_work(self, time: float) -> None:
         self._active_before_s += time - self._session_started
@@ -371,28 +384,32 @@ class Replay:
                     self._in_flight[frame] = self._queue.pop(frame)
 
     def _task_finished(self, event: Mapping[str, Any]) -> None:
-        task, tally = self._end_task(event)
+        task, tally = self._end(event)
         tally.finished += 1
-        tally.failed_in_a_row = 0
+        tally.failed_in_a_row = tally.lost_in_a_row = 0
         if task.stage == "sample":
             self._walkers.add(event["facts"])
             if task.inputs["generation"] == len(self._models):
                 self._walkers_newest.add(event["facts"])
 
     def _task_failed(self, event: Mapping[str, Any]) -> None:
-        task, tally = self._end_task(event)
+        tally, kind = self._end(event)[1], event["failure"]["kind"]
         tally.failed += 1
-        tally.failed_in_a_row += 1
+        tally.failures[kind] = tally.failures.get(kind, 0) + 1
+        if kind == FailureClass.NODE_LOST:
+            tally.lost_in_a_row += 1
+        else:
+            tally.failed_in_a_row += 1
         tally.last_failure = describe_failure(event["failure"])
-        if event["failure"]["kind"] == FailureClass.MISSING:
+        if kind == FailureClass.MISSING:
             self._state = replace(self._state, blocked=tally.last_failure)
-        if task.stage == "label":  # frames the failure says nothing about go back as they were
-            for frame in task.inputs["frames"]:
-                if frame in self._in_flight:
-                    self._queue[frame] = self._in_flight.pop(frame)
 
-    def _end_task(self, event: Mapping[str, Any]) -> tuple[Task, _Tally]:
+    def _end(self, event: Mapping[str, Any]) -> tuple[Task, _Tally]:
+        """Frames of a label task that nothing has been said about go back as they were."""
         task = self._running.pop(event["task"])
+        for frame in task.inputs["frames"] if task.stage == "label" else ():
+            if frame in self._in_flight:
+                self._queue[frame] = self._in_flight.pop(frame)
         tally = self._stages[task.stage]
         tally.add_timing(event["timing"])
         self._pools[POOL_OF[task.stage]].give_back(event["time"], task.stage, task.submitted, event["timing"])
@@ -431,7 +448,10 @@ class Replay:
         kind = event["failure"]["kind"]
         self._label_failures[kind] = self._label_failures.get(kind, 0) + 1
         candidate = self._in_flight.pop(event["frame"])
-        self._queue[candidate.frame] = replace(candidate, attempts=candidate.attempts + 1)
+        lost = kind == FailureClass.NODE_LOST
+        self._queue[candidate.frame] = replace(
+            candidate, attempts=candidate.attempts + (not lost), losses=candidate.losses + lost
+        )
 
     def _quarantined(self, event: Mapping[str, Any]) -> None:
         failure = event["failure"]
@@ -461,6 +481,11 @@ class Replay:
     def _stop_reached(self, event: Mapping[str, Any]) -> None:
         self._state = replace(self._state, stopping=event["reason"])
 
+    def _pool_waits(self, event: Mapping[str, Any]) -> None:
+        self._waits.pop(event["pool"], None)
+        if event["reason"]:
+            self._waits[event["pool"]] = event["reason"]
+
     def _campaign_finished(self, event: Mapping[str, Any]) -> None:
         self._state = replace(self._state, finished=event["reason"], failed=event["failed"])
 
@@ -474,7 +499,8 @@ class _Tally:
     """StageTally while it grows."""
 
     def __init__(self) -> None:
-        self.tasks = self.finished = self.failed = self.failed_in_a_row = 0
+        self.tasks = self.finished = self.failed = self.failed_in_a_row = self.lost_in_a_row = 0
+        self.failures: dict[str, int] = {}
         self.seconds = 0.0
         self.phases: dict[str, float] = {}
         self.last_failure = ""
@@ -490,6 +516,8 @@ class _Tally:
             self.finished,
             self.failed,
             self.failed_in_a_row,
+            self.lost_in_a_row,
+            MappingProxyType(dict(self.failures)),
             self.seconds,
             MappingProxyType(dict(self.phases)),
             self.last_failure,

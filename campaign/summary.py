@@ -15,6 +15,7 @@ from campaign.accounting import PoolUse
 from campaign.harvest import PARTS, manifest_path
 from campaign.lease import Holder, holder_of
 from campaign.state import Model, StageTally, State, Walkers
+from campaign.stop import stop_request
 from campaign.tasks import model_folder, progress_path
 from shards.manifest import Manifest
 from shards.reader import ShardError, open_shard
@@ -36,7 +37,7 @@ def summarise(run_dir: Path, state: State) -> dict[str, Any]:
     return {
         "name": state.name,
         "run_dir": str(run_dir),
-        "status": _status(state, driver),
+        "status": "draining" if driver and stop_request(run_dir) else _status(state, driver),
         "reason": state.finished or state.stopping,
         "elapsed_s": state.active_s + (max(0.0, time.time() - state.time) if driver else 0.0),
         "driver": {"host": driver.host, "pid": driver.pid} if driver else None,
@@ -53,6 +54,7 @@ def summarise(run_dir: Path, state: State) -> dict[str, Any]:
         "stages": _stages(state),
         "pools": {name: pool_row(use) for name, use in state.pools.items()},
         "per_label": _per_label(state),
+        "waits": dict(state.waits),
     }
 
 

@@ -13,17 +13,22 @@ from campaign.harvest import manifest_path
 from campaign.site import Site
 from campaign.state import Model, Task
 
-__all__ = ["Call", "candidates_path", "model_folder", "progress_path", "scratch_folder", "stage_call"]
+__all__ = ["Call", "candidates_path", "model_folder", "progress_path", "run_dir_of", "scratch_folder", "stage_call"]
 
 
 @dataclass(frozen=True)
 class Call:
     function: str  # "module:name"; by name, so that it is the worker's own version that runs
     arguments: Mapping[str, Any]
+    bounded: bool = False  # takes a `deadline`, seconds since the epoch: begins nothing that would reach beyond
 
 
 def scratch_folder(run_dir: Path, task: str) -> Path:
     return run_dir / "scratch" / task
+
+
+def run_dir_of(scratch: Path) -> Path:
+    return scratch.parent.parent
 
 
 def progress_path(run_dir: Path, task: str) -> Path:
@@ -42,7 +47,7 @@ def model_folder(run_dir: Path, generation: int) -> Path:
 def stage_call(task: Task, config: CampaignConfig, site: Site, run_dir: Path, models: tuple[Model, ...]) -> Call:
     name = "sampler" if task.stage in ("build", "sample", "rank") else "labeler" if task.stage == "label" else "trainer"
     arguments = _ARGUMENTS[task.stage](task, config, site, run_dir, models)
-    return Call(f"{name}.stage:{task.stage}", arguments)
+    return Call(f"{name}.stage:{task.stage}", arguments, bounded=task.stage == "label")
 
 
 def _build(task: Task, config: CampaignConfig, site: Site, run_dir: Path, models: tuple[Model, ...]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -23,6 +24,7 @@ __all__ = ["LiveView", "page"]
 REFRESH_S = 0.5
 LINE_EVERY_S = 5.0  # least time between two lines where there is no terminal
 HEARTBEAT_S = 60.0  # longest time between them
+LONGEST_TASKS = 20
 LIVE_GENERATIONS = 6  # so that the page fits a terminal
 WAITS = {
     Wait.FRAMES: "waiting for frames to label",
@@ -34,7 +36,14 @@ WAITS = {
     Wait.DRIVER: "waiting for the driver",
     Wait.LOST: "lost with a node or a driver",
 }
-STYLES = {"running": "cyan", "finished": "green", "failed": "bold red", "interrupted": "yellow", "stopped": "yellow"}
+STYLES = {
+    "running": "cyan",
+    "draining": "yellow",
+    "finished": "green",
+    "failed": "bold red",
+    "interrupted": "yellow",
+    "stopped": "yellow",
+}
 
 
 class LiveView:
@@ -49,7 +58,7 @@ class LiveView:
         self._console = console
         self._live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
         self._shown = -REFRESH_S
-        self._marks: tuple[int, ...] = ()
+        self._marks: tuple[object, ...] = ()
 
     def __enter__(self) -> LiveView:
         if self._live:
@@ -72,10 +81,11 @@ class LiveView:
             self._shown = time.monotonic()
 
     def _is_due(self, state: State, age: float) -> bool:
-        """A new generation is told at once, labels and walkers at intervals, and now and then that it is alive."""
-        marks = (state.generation, len(state.quarantined), state.n_labels, state.walkers.run)
+        """A new generation, and why nodes do not come, is told at once; labels and walkers at intervals; and now and
+        then that it is alive."""
+        marks = (state.generation, len(state.quarantined), dict(state.waits), state.n_labels, state.walkers.run)
         moved = self._marks != marks
-        at_once = self._marks[:2] != marks[:2]
+        at_once = self._marks[:3] != marks[:3]
         if at_once or (moved and age >= LINE_EVERY_S) or age >= HEARTBEAT_S:
             self._marks = marks
             return True
@@ -92,6 +102,7 @@ def _line(summary: Mapping[str, Any]) -> str:
         f" {labels['quarantined']} failed",
         f"walkers: {summary['walkers']['ended']['run']} ended, {summary['walkers']['active']} active",
     ]
+    parts += [f"{pool} waits: {reason}" for pool, reason in summary["waits"].items()]
     if summary["training"]:
         parts.append(_training_note(summary["training"]))
     if summary["model"] and summary["model"]["holdout"]:
@@ -113,6 +124,12 @@ def page(summary: Mapping[str, Any], newest: int = 1000) -> RenderableType:
     if summary["stages"]:
         parts.append(_stages(summary["stages"]))
         parts.append(pools_table(summary["pools"]))
+    if summary.get("scheduler"):
+        parts.append(Text.assemble(("scheduler  ", "bold"), f"the blocks are not known: {summary['scheduler']}"))
+    if summary.get("blocks"):
+        parts.append(_blocks(summary["blocks"]))
+    if summary.get("tasks"):
+        parts.append(_tasks(summary["tasks"]))
     if summary["reason"]:
         parts.append(Text.assemble(("reason  ", "bold"), summary["reason"]))
     return Group(*parts)
@@ -138,7 +155,10 @@ def _facts(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         ),
     )
     if labels["failures"]:
-        yield "failures", _counts(labels["failures"])
+        yield "failures", f"labels: {_counts(labels['failures'])}"
+    for stage, row in summary["stages"].items():
+        if row["failures"]:
+            yield "failures", f"{stage} tasks: {_counts(row['failures'])}"
     if labels["dropped"]:
         yield "dropped", _counts(labels["dropped"])
     ended = walkers["ended"]
@@ -152,6 +172,8 @@ def _facts(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         )
     if summary["per_label"]:
         yield "per label", _cost_note(summary["per_label"])
+    for pool, reason in summary["waits"].items():
+        yield "waiting", f"{pool}: {reason}"
     if summary["training"]:
         yield "training", _training_note(summary["training"])
     if summary["model"]:
@@ -266,6 +288,34 @@ def forecast_page(result: Mapping[str, Any]) -> RenderableType:
         Text(f"ends {how}: {run['reason']}") for how, run in zip(("as configured", "with barriers"), runs, strict=True)
     ]
     return Group(table, *ends, Text("\nsteady state, as configured"), pools_table(runs[0]["steady"]["pools"]))
+
+
+def _blocks(blocks: Sequence[Mapping[str, Any]]) -> Table:
+    table = _table("blocks")
+    for name in ("job", "stage", "partition", "state", "nodes", "time left"):
+        table.add_column(name, no_wrap=True)
+    table.add_column("waits for", overflow="fold")
+    for row in blocks:
+        waits = f"{row['reason']}, expected to start: {row['start']}" if row["state"] == "PENDING" else ""
+        nodes = row["nodes"] or str(row["n_nodes"])
+        table.add_row(row["job"], row["pool"], row["partition"], row["state"], nodes, row["time_left"], waits)
+    return table
+
+
+def _tasks(tasks: Sequence[Mapping[str, Any]]) -> Table:
+    """Those that workers are at, longest first, and how many wait for a worker."""
+    at_work = sorted((row for row in tasks if row["host"]), key=lambda row: -row["seconds"])
+    waiting = Counter(row["stage"] for row in tasks if not row["host"])
+    table = _table("running tasks")
+    for name in ("task", "on", "job", "for"):
+        table.add_column(name, no_wrap=True)
+    for row in at_work[:LONGEST_TASKS]:
+        table.add_row(row["task"], row["host"], row["job"], _clock(row["seconds"]))
+    if len(at_work) > LONGEST_TASKS:
+        table.add_row(f"and {len(at_work) - LONGEST_TASKS} more")
+    for stage, n in waiting.items():
+        table.add_row(f"{n} of {stage}", "waiting for a worker")
+    return table
 
 
 def _table(title: str) -> Table:

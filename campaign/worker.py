@@ -1,7 +1,7 @@
 """What happens around a stage function on a worker? Imports no Parsl; the stage is imported when it is called.
 
 The outcome is published as a file before the caller hears of it: if the driver is killed in between, the next one
-reads it there.
+reads it there. Another file says where and since when the task is at work.
 """
 
 from __future__ import annotations
@@ -9,45 +9,93 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import socket
 import threading
+import time
 import traceback
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from campaign.horizon import BLOCK_END
 from campaign.lease import Holder, is_alive, kill
-from campaign.tasks import Call
+from campaign.stop import stop_request
+from campaign.tasks import Call, run_dir_of
 from shards.outcome import Clock, Failure, FailureClass, Outcome
 
-__all__ = ["perform", "read_outcome"]
+__all__ = ["Work", "forget_work", "has_begun", "perform", "read_outcome", "work_under_way"]
 
+OUTCOME, WORK = "outcome.json", "work.json"
 WATCH_S = 1.0
 
 
+@dataclass(frozen=True)
+class Work:
+    """A task that a worker is at."""
+
+    task: str
+    host: str
+    since: float  # seconds since the epoch
+    job: str  # of Slurm; empty outside of one
+
+
 def perform(call: Call, scratch: Path, driver: Holder) -> dict[str, Any]:
-    """Call a stage function; its outcome as a dictionary, also in scratch/outcome.json. Never raises for its sake."""
+    """Call a stage function; its outcome as a dictionary, also in scratch/outcome.json. Never raises for its sake.
+
+    Nothing is begun once the driver was asked to stop: then facts["withheld"] is true, and nothing published.
+    """
     scratch.mkdir(parents=True, exist_ok=True)
+    work = Work(scratch.name, socket.gethostname(), time.time(), os.environ.get("SLURM_JOB_ID", ""))
+    _publish(asdict(work), scratch / WORK)
+    # In this order: a driver that sees the request and no such file knows that the task will not begin.
+    if stop_request(run_dir_of(scratch)):
+        forget_work(scratch)
+        return Outcome(call.function, Clock().timing(), facts={"withheld": True}).to_dict()
     with _Watch(driver):
         outcome = read_outcome(scratch) or _run(call, scratch)
-        _publish(outcome, scratch / "outcome.json")
+        _publish(asdict(outcome), scratch / OUTCOME)
     return outcome.to_dict()
+
+
+def work_under_way(run_dir: Path) -> list[Work]:
+    """Tasks that workers are at, those that a killed one was at included."""
+    paths = (run_dir / "scratch").glob(f"*/{WORK}")
+    found = [_read_json(path) for path in sorted(paths) if not path.with_name(OUTCOME).exists()]
+    return [Work(**table) for table in found if table]
+
+
+def has_begun(scratch: Path) -> bool:
+    """Has a worker begun with a task that has not been settled?"""
+    return (scratch / WORK).exists()
+
+
+def forget_work(scratch: Path) -> None:
+    """A task is not under way: it is about to be submitted, or was lost."""
+    (scratch / WORK).unlink(missing_ok=True)
 
 
 def read_outcome(scratch: Path) -> Outcome | None:
     """The outcome that a worker has published there; None when there is none."""
+    table = _read_json(scratch / OUTCOME)
+    return Outcome.from_dict(table) if table else None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return Outcome.from_dict(json.loads((scratch / "outcome.json").read_text()))
+        table: dict[str, Any] = json.loads(path.read_text())
     except FileNotFoundError:
-        return None
+        return {}
+    return table
 
 
 def _run(call: Call, scratch: Path) -> Outcome:
     clock = Clock()
     module, _, name = call.function.partition(":")
     try:
-        outcome = getattr(importlib.import_module(module), name)(**call.arguments)
+        bounds = {"deadline": float(os.environ.get(BLOCK_END, "inf"))} if call.bounded else {}
+        outcome = getattr(importlib.import_module(module), name)(**call.arguments, **bounds)
         assert isinstance(outcome, Outcome), f"{call.function} returned {type(outcome).__name__}, not an Outcome"
         return outcome
     except Exception as error:
@@ -57,10 +105,10 @@ def _run(call: Call, scratch: Path) -> Outcome:
         return Outcome(name, clock.timing(), failure=Failure(FailureClass.CRASH, message, str(log)))
 
 
-def _publish(outcome: Outcome, path: Path) -> None:
+def _publish(table: dict[str, Any], path: Path) -> None:
     partial = path.with_suffix(".part")
     with partial.open("w") as file:
-        json.dump(asdict(outcome), file)
+        json.dump(table, file)
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)

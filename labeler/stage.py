@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import shutil
 import signal
 import socket
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -52,13 +54,17 @@ def label(
     elements: Sequence[str],
     dest: Path,
     scratch: Path,
+    deadline: float = math.inf,
 ) -> Outcome:
     """Label the frames `indices` of the shard `frames`; each label is published as `dest`/<frame id>.h5 when done.
 
     elements: all that the data set may hold, so that each of its labels has the same level. A label that is in `dest`
     already is adopted. A frame that fails costs no other its label: facts["failures"] has class, message and log for
     each, facts["seconds"] and facts["rungs"] the cost and the rung of the ladder for each computed label,
-    facts["adopted"] their number. The outcome itself fails only when no frame could be tried.
+    facts["adopted"] the number of those that were. The outcome itself fails only when no frame could be tried.
+
+    deadline: seconds since the epoch. Frames whose time limit would reach beyond are not begun, but named in
+    facts["postponed"].
 
     Raises:
         ShardError: `frames` cannot be read.
@@ -77,11 +83,13 @@ def label(
     failure = None
     with clock.phase("compute"):
         try:
-            for frame, folder, report in _compute(left, settings, scratch):
+            for frame, folder, report in _compute(left, settings, scratch, deadline):
                 batch.take(frame, folder, report)
         except _CannotStart as error:
             failure = Failure(FailureClass.CRASH, error.message, str(error.log))
-    return Outcome("label", clock.timing(), tuple(batch.receipts), failure, batch.facts())
+    facts = batch.facts()
+    facts["postponed"] = [frame.id for frame in left if frame.id not in facts["seconds"]] if failure is None else []
+    return Outcome("label", clock.timing(), tuple(batch.receipts), failure, facts)
 
 
 class _Batch:
@@ -166,8 +174,14 @@ class _CannotStart(Exception):  # noqa: N818 - as NotConverged
         self.log = log
 
 
-def _compute(frames: Sequence[Frame], settings: LabelerSettings, scratch: Path) -> Iterator[tuple[Frame, Path, Report]]:
-    """Yield what became of each frame as soon as it is known. A process that was lost is replaced for the rest."""
+def _compute(
+    frames: Sequence[Frame], settings: LabelerSettings, scratch: Path, deadline: float
+) -> Iterator[tuple[Frame, Path, Report]]:
+    """Yield what became of each frame as soon as it is known. A process that was lost is replaced for the rest.
+
+    Ends early when the next frame might not be finished by the deadline.
+    """
+    limit_s = 60 * settings.time_limit_min
     if not frames:
         return
     scratch.mkdir(parents=True, exist_ok=True)
@@ -176,16 +190,19 @@ def _compute(frames: Sequence[Frame], settings: LabelerSettings, scratch: Path) 
     for folder in folders:
         folder.mkdir()
     tasks = list(zip(frames, folders, strict=True))
-    while tasks:
+    while tasks and time.time() + limit_s <= deadline:
         n_before = len(tasks)
         write_job(root / "job.json", settings, tasks)
         with Supervised(_command(settings, root / "job.json"), _environment(settings), root / LOG) as process:
             process.wait_for(tasks[0][1] / LOG, _START_LIMIT_S)  # imports are not on the frame's account
-            while tasks and process.wait_for(tasks[0][1] / ANSWER, 60 * settings.time_limit_min):
+            answered = True
+            while tasks and time.time() + limit_s <= deadline:
+                if not (answered := process.wait_for(tasks[0][1] / ANSWER, limit_s)):
+                    break
                 frame, folder = tasks.pop(0)
                 yield frame, folder, read_report(folder)
             exit_code = process.exit_code
-        if not tasks:
+        if answered:
             break
         frame, folder = tasks[0]
         if exit_code is None or (folder / LOG).exists():

@@ -58,6 +58,7 @@ force_mean_threshold_eV_A = 0.001
 [labeler]
 engine = "counting_calculator.CountingEMT"
 environment = { COUNT_FILE = "COUNT" }
+time_limit_min = 2
 
 [trainer]
 ranks = 2

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from conftest import Cluster
 
-from campaign.scheduler import SchedulerError, blocks_of, cancel_blocks, job_prefix
+from campaign.scheduler import SchedulerError, blocks_of, cancel_blocks, job_name
 
 
 def submit(cluster: Cluster, name: str) -> str:
@@ -15,15 +15,17 @@ def submit(cluster: Cluster, name: str) -> str:
 
 
 def test_blocks_of_a_run_directory_are_ended_and_no_others(cluster: Cluster, tmp_path: Path) -> None:
-    own = [submit(cluster, f"{job_prefix(tmp_path)}{pool}.1.5") for pool in ("label", "train")]
-    other = submit(cluster, f"{job_prefix(tmp_path / 'other')}label.1.5")
+    own = [submit(cluster, job_name(tmp_path, pool)) for pool in ("label", "train")]
+    other = submit(cluster, job_name(tmp_path / "other", "label"))
     cluster.wait(lambda: cluster.state(own[1]) == "RUNNING")
-    assert sorted(blocks_of(tmp_path)) == sorted(own)
+    found = {block.job: block for block in blocks_of(tmp_path)}
+    assert sorted(found) == sorted(own)
+    assert (found[own[1]].pool, found[own[1]].state, found[own[1]].n_nodes) == ("train", "RUNNING", 1)
     cancel_blocks(tmp_path)
     assert set(cluster.jobs()) == {other}
 
 
 def test_scheduler_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(SchedulerError, match=r"squeue: .*: is this a host from which jobs can be submitted"):
+    with pytest.raises(SchedulerError, match=r"squeue is not on PATH: is this a host from which jobs can be submitted"):
         blocks_of(tmp_path)

@@ -33,8 +33,8 @@ def settings(**changes: Any) -> CampaignSettings:
 
 @dataclass
 class Script:
-    """`label_fate(frame, attempt)` and `task_fate(stage, counter)` name a class of failure, or nothing;
-    `triggers(generation)` says how many of ten walkers trigger."""
+    """`label_fate(frame, attempt)` and `task_fate(stage, counter)` name a class of failure, or nothing; a label may
+    also be "postponed". `triggers(generation)` says how many of ten walkers trigger."""
 
     label_fate: Callable[[str, int], str] = lambda frame, attempt: ""
     task_fate: Callable[[str, int], str] = lambda stage, counter: ""
@@ -44,8 +44,10 @@ class Script:
     def fate(self, task: Task, candidates: Sequence[Candidate]) -> Fate:
         failure = self.task_fate(task.stage, int(task.id.partition("-")[2]))
         if task.stage == "label":
-            failures = {c.frame: kind for c in candidates if (kind := self.label_fate(c.frame, c.attempts + 1))}
-            return Fate(SECONDS["label"] * len(candidates), failure=failure, failures=failures)
+            fates = {c.frame: self.label_fate(c.frame, c.attempts + c.losses + 1) for c in candidates}
+            postponed = frozenset(frame for frame, fate in fates.items() if fate == "postponed")
+            failures = {frame: kind for frame, kind in fates.items() if kind and frame not in postponed}
+            return Fate(SECONDS["label"] * len(candidates), failure=failure, failures=failures, postponed=postponed)
         walkers = self._walkers(task.inputs["generation"]) if task.stage == "sample" else {}
         return Fate(SECONDS[task.stage], failure=failure, walkers=walkers)
 

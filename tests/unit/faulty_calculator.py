@@ -37,6 +37,9 @@ class Faulty(EMT):
         partial.rename(self.note)
         time.sleep(600)
 
+    def nap(self):
+        time.sleep(1)
+
     def segfault(self):
         ctypes.string_at(0)
 

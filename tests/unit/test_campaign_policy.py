@@ -193,6 +193,53 @@ def test_another_task_may_fail_twice_but_not_three_times(stage: str) -> None:
     assert ever.finished == f"{stage} failed 3 times in a row; crash: simulated"
 
 
+@pytest.mark.parametrize("stage", ["sample", "train"])
+def test_lost_nodes_are_no_failures_of_a_stage_until_there_are_far_too_many(stage: str) -> None:
+    often = World(settings(), task_fate=lambda s, n: "node_lost" if s == stage and n <= 19 else "").run()
+    assert not often.failed
+    ever = World(settings(), task_fate=lambda s, n: "node_lost" if s == stage else "").run()
+    assert ever.finished == f"{stage} lost its node 20 times in a row; node_lost: simulated"
+
+
+def test_lost_node_between_failures_neither_counts_nor_ends_their_row() -> None:
+    fates = {1: "crash", 2: "node_lost", 3: "crash"}
+    twice = World(settings(), task_fate=lambda s, n: fates.get(n, "") if s == "sample" else "").run()
+    assert not twice.failed
+    fates[4] = "crash"
+    thrice = World(settings(), task_fate=lambda s, n: fates.get(n, "") if s == "sample" else "").run()
+    assert thrice.finished.startswith("sample failed 3 times in a row")
+
+
+def test_lost_nodes_are_no_attempts_of_a_frame_until_there_are_far_too_many() -> None:
+    unlucky, killer = f"{3:032x}", f"{4:032x}"
+
+    def fate(frame: str, attempt: int) -> str:
+        return "node_lost" if frame == killer or (frame == unlucky and attempt < 20) else ""
+
+    world = World(settings(), label_fate=fate)
+    state = world.run()
+    assert not state.failed
+    assert [(q.frame, q.kind) for q in state.quarantined] == [(killer, "node_lost")]
+    assert state.label_failures["node_lost"] == 19 + 20
+    sent = [
+        a.candidates for _, a in world.actions if isinstance(a, Label) and killer in {c.frame for c in a.candidates}
+    ]
+    assert {len(batch) for batch in sent[1:]} == {1}
+
+
+def test_frames_that_a_label_task_hands_back_are_labeled_later() -> None:
+    handed_back = set()
+
+    def fate(frame: str, attempt: int) -> str:
+        late = frame not in handed_back and int(frame, 16) % 3 == 0
+        handed_back.update([frame] if late else [])
+        return "postponed" if late else ""
+
+    state = World(settings(), label_fate=fate).run()
+    assert (state.failed, state.n_labels, dict(state.label_failures)) == (False, 80, {})
+    assert len(handed_back) > 20
+
+
 def test_something_missing_ends_the_campaign_at_once_and_blames_no_frame() -> None:
     state = World(settings(), task_fate=lambda stage, counter: "missing" if stage == "label" else "").run()
     assert state.failed
@@ -275,14 +322,14 @@ def test_nothing_is_held_out_or_evaluated_when_not_asked() -> None:
 
 
 def test_verdict_per_class_of_failure() -> None:
-    three = settings(attempts=3)
+    three = settings(attempts=3, losses=7)
     allowed = {
         kind: next(n for n in range(1, 9) if verdict(kind, n, three) is Verdict.QUARANTINE) for kind in FailureClass
     }
     assert allowed == {
         FailureClass.CRASH: 3,
         FailureClass.WALLTIME: 3,
-        FailureClass.NODE_LOST: 3,
+        FailureClass.NODE_LOST: 7,
         FailureClass.MEMORY: 2,
         FailureClass.SCF: 2,
         FailureClass.GEOMETRY: 1,

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from campaign.site import ParslPools, load_site, parse_site
+from campaign.pools import ParslPools
+from campaign.site import load_site, parse_site
 from shards.settings import SettingsError
 
 SITES = Path(__file__).parents[2] / "configs" / "sites"

@@ -44,10 +44,11 @@ def workplace(tmp_path, monkeypatch):
     return tmp_path
 
 
-def send(workplace, frames, settings, indices=None):
+def send(workplace, frames, settings, indices=None, **limits):
     write_frames(workplace / "frames.h5", frames)
     wanted = range(len(frames)) if indices is None else indices
-    return label(workplace / "frames.h5", wanted, settings, ELEMENTS, workplace / "labels", workplace / "scratch")
+    folders = workplace / "labels", workplace / "scratch"
+    return label(workplace / "frames.h5", wanted, settings, ELEMENTS, *folders, **limits)
 
 
 def settings_of(engine="emt", **fields):
@@ -182,6 +183,17 @@ def test_time_limit_ends_a_frame_and_all_its_processes_but_not_the_batch(workpla
     assert "killed after 6 s" in failure["message"]
     assert [Path(receipt.path).stem for receipt in outcome.receipts] == [frames[1].id]
     assert not any(alive(pid) for pid in json.loads(note.read_text()))
+
+
+def test_frames_that_might_not_be_finished_by_the_deadline_are_handed_back(workplace):
+    frames = [frame_of(crystal(n)) for n in (1, 2, 3, 4)]
+    settings = faulty("nap", time_limit_min=0.1)
+    outcome = send(workplace, frames, settings, deadline=time.time() + 6 + 2)
+    done = [Path(receipt.path).stem for receipt in outcome.receipts]
+    assert outcome.failure is None
+    assert outcome.facts["failures"] == {}
+    assert outcome.facts["postponed"]
+    assert done + outcome.facts["postponed"] == [frame.id for frame in frames]
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])

@@ -19,6 +19,7 @@ from campaign.ledger import read_events
 from campaign.policy import holdout_of
 from campaign.site import Site
 from campaign.state import State
+from campaign.stop import Request, request_stop
 from shards.manifest import Manifest
 from shards.settings import SettingsError
 
@@ -70,7 +71,7 @@ class ThreadPools:
 
     slots: Mapping[str, int] = {"sample": 1, "label": 2, "train": 1}
 
-    def __init__(self, site: Site, run_dir: Path) -> None:
+    def __init__(self, site: Site, run_dir: Path, limits: Mapping[str, float]) -> None:
         self._threads = {pool: ThreadPoolExecutor(n) for pool, n in self.slots.items()}
 
     def __enter__(self) -> ThreadPools:
@@ -86,6 +87,9 @@ class ThreadPools:
     def lost(self) -> str:
         return ""
 
+    def waits(self) -> Mapping[str, str]:
+        return {}
+
 
 @pytest.fixture(scope="module")
 def threads() -> Iterator[None]:
@@ -98,7 +102,15 @@ def threads() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def run_dir(threads: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A campaign that is asked to drain on its way, and taken up again."""
     folder = tmp_path_factory.mktemp("campaign") / "run"
+
+    def stop_soon(state: State) -> None:
+        if state.n_labels >= 4:
+            request_stop(folder, Request.DRAIN)
+
+    with pytest.raises(KeyboardInterrupt, match="smelt stop"):
+        run_campaign(campaign(), folder, Site(name="threads"), stop_soon)
     run_campaign(campaign(), folder, Site(name="threads"))
     return folder
 
@@ -112,6 +124,16 @@ def test_campaign_reaches_its_labels_in_spite_of_frames_that_fail(state: State) 
     assert (state.failed, state.n_labels) == (False, 22)
     assert state.quarantined
     assert state.label_failures["crash"] >= 2 * len(state.quarantined)
+
+
+def test_drained_campaign_lets_tasks_end_and_starts_no_more(run_dir: Path) -> None:
+    events = list(read_events(run_dir / "ledger.jsonl"))
+    stop = next(n for n, event in enumerate(events) if event["event"] == "driver_stopped")
+    assert events[stop]["reason"] == "smelt stop"
+    submitted = {event["task"] for event in events[:stop] if event["event"] == "task_submitted"}
+    ended = {event["task"] for event in events[:stop] if event["event"] in ("task_finished", "task_failed")}
+    assert len(submitted - ended) <= 3  # withheld from workers that were free
+    assert sum(event["event"] == "labeled" for event in events[:stop]) < 22
 
 
 def test_every_quarantined_frame_has_its_reason_and_a_log_that_says_more(state: State) -> None:

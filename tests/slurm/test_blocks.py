@@ -1,0 +1,103 @@
+"""What does a pool do when Slurm refuses it nodes, keeps it waiting, or does not answer?"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from conftest import Cluster
+from parsl.jobs.states import JobState, JobStatus
+
+from campaign.blocks import FRUITLESS_BLOCKS, SlurmBlocks, handle_fruitless_blocks
+from campaign.scheduler import SchedulerError, job_name
+from campaign.site import Slurm
+
+REFUSAL = "sbatch: invalid partition specified: nope; Batch job submission failed: Invalid partition name specified"
+
+
+def blocks_of(run_dir: Path, **fields: Any) -> SlurmBlocks:
+    blocks = SlurmBlocks("label", Slurm(poll_s=1, **fields), run_dir, "", lambda: None)
+    blocks.script_dir = str(run_dir)
+    return blocks
+
+
+def test_what_was_refused_is_asked_for_again_after_pauses_that_grow(cluster: Cluster, tmp_path: Path) -> None:
+    blocks = blocks_of(tmp_path, partition="nope", max_blocks=4)
+    with pytest.raises(SchedulerError) as error:
+        blocks.submit("sleep 60", 1)
+    assert str(error.value) == REFUSAL == blocks.waits()
+    assert blocks.max_blocks == 0  # so that Parsl asks for none
+    cluster.wait(lambda: blocks.max_blocks == 4, 3)
+    with pytest.raises(SchedulerError):
+        blocks.submit("sleep 60", 1)
+    with pytest.raises(AssertionError, match="not within"):
+        cluster.wait(lambda: blocks.max_blocks == 4, 1.5)
+
+
+def test_pending_block_says_what_it_waits_for(cluster: Cluster, tmp_path: Path) -> None:
+    blocks = blocks_of(tmp_path, partition="gpu", nodes_per_block=3)
+    job = blocks.submit("sleep 60", 1)
+    cluster.wait(lambda: blocks.status([job]) and "(" in blocks.waits(), 10)
+    assert re.fullmatch(rf"job {job} is PENDING \(Partition(Config|NodeLimit)\)", blocks.waits())
+    assert blocks.cancel([job]) == [True]
+    assert [status.state for status in blocks.status([job])] == [JobState.SCALED_IN]
+    assert blocks.waits() == ""
+
+
+def test_end_of_a_block_is_known_with_its_last_words(cluster: Cluster, tmp_path: Path) -> None:
+    blocks = blocks_of(tmp_path, workers="block")
+    job = blocks.submit("echo no such module >&2; exit 3", 1)
+    cluster.wait(lambda: blocks.status([job])[0].terminal, 10)
+    (status,) = blocks.status([job])
+    assert status.state is JobState.FAILED
+    assert status.message == f"job {job} ended as FAILED: no such module (log: {tmp_path}/label-1.out)"
+
+
+def test_job_of_a_submission_that_was_not_answered_is_cancelled(cluster: Cluster, tmp_path: Path) -> None:
+    name = job_name(tmp_path, "label")
+    cluster.run("sbatch", "--parsable", "-J", name, "-o", "/dev/null", "--wrap", "sleep 60")
+    blocks = blocks_of(tmp_path)
+    job = blocks.submit("sleep 60", 1)
+    blocks.status([job])
+    cluster.wait(lambda: set(cluster.jobs()) == {job}, 10)
+
+
+def test_controller_that_does_not_answer_is_waited_for(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocks = blocks_of(tmp_path)
+    job = blocks.submit("sleep 60", 1)
+    settings = Path(cluster.run("bash", "-c", "echo $SLURM_CONF")).read_text().splitlines()
+    changed = {"SlurmctldPort": "SlurmctldPort=1", "MessageTimeout": "MessageTimeout=1"}
+    (tmp_path / "slurm.conf").write_text("\n".join(changed.get(line.partition("=")[0], line) for line in settings))
+    with monkeypatch.context() as patch:
+        patch.setenv("SLURM_CONF", str(tmp_path / "slurm.conf"))
+        assert [status.state for status in blocks.status([job])] == [JobState.PENDING]
+        assert "Unable to contact slurm controller" in blocks.waits()
+        assert blocks.cancel([job]) == [False]
+        with pytest.raises(SchedulerError, match=r"sbatch: .*Unable to contact slurm controller"):
+            blocks.submit("sleep 60", 1)
+    cluster.wait(lambda: blocks.status([job])[0].state is JobState.RUNNING, 10)
+    cluster.wait(lambda: blocks.max_blocks == 1, 3)
+    blocks.submit("sleep 60", 1)
+    assert blocks.waits() == ""
+
+
+def test_pool_is_given_up_when_its_blocks_run_in_vain_again_and_again(tmp_path: Path) -> None:
+    blocks, given_up = blocks_of(tmp_path, max_blocks=2), list[Exception]()
+    ids = {str(n): str(n) for n in range(100)}
+    executor: Any = SimpleNamespace(
+        provider=blocks, blocks_to_job_id=ids, set_bad_state_and_fail_all=lambda error: given_up.append(error)
+    )
+    vain = [JobStatus(JobState.MISSING, f"job {n} ended as FAILED: no such module") for n in range(FRUITLESS_BLOCKS)]
+    good, cancelled, refused = (JobStatus(s) for s in (JobState.COMPLETED, JobState.SCALED_IN, JobState.FAILED))
+    for history in ([*vain, good], [*vain[1:], cancelled], [*vain[2:], good, vain[0], cancelled]):
+        handle_fruitless_blocks(executor, dict(zip(ids, history, strict=False)) | {"refused": refused})
+    assert not given_up
+    assert blocks.max_blocks == 0
+    assert blocks.waits() == "no worker has called: job 0 ended as FAILED: no such module"
+    handle_fruitless_blocks(executor, dict(zip(ids, [good, *vain, cancelled], strict=False)))
+    assert "no worker of 5 blocks in a row has called; the last one: job 4 ended" in str(given_up[0])
