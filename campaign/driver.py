@@ -245,7 +245,7 @@ class Driver:
         for folder in {*(self._run_dir / "scratch").iterdir()} - {scratch_folder(self._run_dir, t.id) for t in running}:
             if outcome := read_outcome(folder):
                 _tidy(folder, outcome)
-        self._start([(task.id, task.stage, task.inputs) for task in running])
+        self._start([(task.id, task.stage, self._left_of(task)) for task in running])
         while not (state := self._ledger.replay.state()).finished:
             request = stop_request(self._run_dir)
             actions = [] if request else decide(state, self._settings, self._pools.slots, time.time())
@@ -356,6 +356,16 @@ class Driver:
             future = self._pools.submit(POOL_OF[stage], perform, call, scratch, self._holder)
             self._tasks[future] = task
             future.add_done_callback(self._ended.put)
+
+    def _left_of(self, task: Task) -> Mapping[str, Any]:
+        """Inputs of a task that starts again: without frames whose labels are recorded, for their files may be merged
+        before a worker looks for them."""
+        if task.stage != "label":
+            return task.inputs
+        in_flight = self._ledger.replay.in_flight
+        rows = zip(task.inputs["indices"], task.inputs["frames"], strict=True)
+        left = [(index, frame) for index, frame in rows if frame in in_flight]
+        return {**task.inputs, "indices": [index for index, _ in left], "frames": [frame for _, frame in left]}
 
     # What comes back.
 

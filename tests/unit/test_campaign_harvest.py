@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import itertools
 import shutil
+import threading
 from collections import Counter
+from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 
 from campaign import harvest
+from campaign.config import parse_campaign
+from campaign.driver import Driver
 from campaign.harvest import label_path, manifest_path, merge, reconcile, record_labels
+from campaign.lease import Holder
 from campaign.ledger import Ledger
+from campaign.site import Site
+from campaign.tasks import Call
 from shards.frame import Frame
 from shards.label import Label, Level
 from shards.manifest import Manifest
@@ -135,3 +142,36 @@ def test_merged_data_can_be_moved_with_its_run_directory(tmp_path: Path) -> None
         reconcile(tmp_path / "b", ledger, LEVEL.digest)
         assert ledger.replay.seq == 8  # nothing to complete
     assert sum(map(len, contents(tmp_path / "b").values())) == 4
+
+
+def test_task_that_starts_again_is_sent_only_frames_whose_labels_are_not_recorded(tmp_path: Path) -> None:
+    """Their files may be merged, and gone, before a worker looks for them."""
+    begin(tmp_path)
+    (tmp_path / "scratch").mkdir()
+    sent: list[Any] = []
+
+    class Pools:
+        slots: ClassVar = {"sample": 1, "label": 1, "train": 1}
+
+        def submit(self, pool: str, function: Any, call: Call, *rest: Any) -> Future[dict[str, Any]]:
+            sent.append(call.arguments["indices"])
+            return Future()
+
+        def lost(self) -> str:
+            return ""
+
+        def waits(self) -> dict[str, str]:
+            return {}
+
+    interrupted = threading.Event()
+    interrupted.set()
+    config = parse_campaign({"campaign": {"name": "again", "elements": ["H"]}, "labeler": {"engine": "emt"}})
+    with Ledger(tmp_path) as ledger:
+        merge(tmp_path, ledger)
+        ledger.append("driver_started", host="", pid=0, config_digest="", pools={})
+        driver = Driver(
+            config, tmp_path, Site(name="x"), ledger, LEVEL.digest, Pools(), Holder("", 0, 0.0), lambda state: None
+        )
+        with pytest.raises(KeyboardInterrupt):
+            driver.run(interrupted)
+    assert sent == [[2, 3, 4]]
