@@ -17,7 +17,7 @@ demo: setup
 
 # Three at a time on two cores: tests/slurm, which begin early, mostly wait.
 test: lint slurm
-	@$(BIN)/python -m pytest -n 3 --dist loadgroup --no-loadscope-reorder
+	@$(BIN)/python -m pytest -n 3 --dist loadscope --no-loadscope-reorder
 
 # The daemons that tests/slurm starts on loopback. Without root those tests are skipped and say what is missing.
 slurm:

@@ -1,12 +1,19 @@
 """Which tests share a process when several run at a time: those of a file, and all that share the Slurm cluster."""
 
+from __future__ import annotations
+
+from typing import Any
+
 import pytest
 
-SLURM = "slurm"
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from xdist.scheduler import LoadScopeScheduling
 
-@pytest.hookimpl(tryfirst=True)  # before the plug-in looks at the marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        group = SLURM if item.path.parent.name == SLURM else item.path.name
-        item.add_marker(pytest.mark.xdist_group(group))
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "slurm" if file.startswith("tests/slurm/") else file
+
+    return ByFile(config, log)
