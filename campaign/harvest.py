@@ -70,7 +70,8 @@ def record_labels(
         except ShardError:
             continue  # the end of its task decides
         if receipt is not None:
-            events.append(("labeled", {"frame": frame, "receipt": _relative(receipt, run_dir)}))
+            path = label_path(run_dir, frame).relative_to(run_dir).as_posix()
+            events.append(("labeled", {"frame": frame, "receipt": asdict(replace(receipt, path=path))}))
     ledger.append_all(events)
 
 
