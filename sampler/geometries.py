@@ -2,7 +2,7 @@
 
 normal_modes: a random displacement along the normal modes of a force field, as at a temperature. torsion: one bond
 turned to a random angle. dimer, cluster: molecules of random orientation side by side. box: many of them in a periodic
-cell. conformer: nothing of these.
+cell. path: a point between the two sides of a reaction. conformer: nothing of these.
 The published samplers (doi:10.1063/1.5023802) pick the most different of ten by their AEVs; here that is left to the
 removal of near-duplicates that all frames go through.
 """
@@ -19,6 +19,7 @@ from scipy.spatial.transform import Rotation
 
 from sampler.config import MoleculeSettings
 from sampler.molecules import EmbeddingError, Molecule, conformer, draw_molecule
+from sampler.reactions import parse_reaction, path_point
 from sampler.streams import Purpose, open_stream
 from shards.frame import Frame, Origin
 from shards.schema import AMU_A3_g_cm3, BOLTZMANN_eV_K, KCAL_MOL_eV
@@ -206,6 +207,12 @@ def _box(library: Sequence[Molecule], settings: MoleculeSettings, stream: np.ran
     return [molecule for molecules, _, _, _ in parts for molecule in molecules], numbers, positions, edge_A
 
 
+def _path(library: Sequence[Molecule], settings: MoleculeSettings, stream: np.random.Generator) -> Made:
+    reaction = parse_reaction(settings.reactions[int(stream.integers(len(settings.reactions)))])
+    numbers, positions = path_point(reaction, stream)
+    return [reaction.molecule], numbers, _shaken(positions, settings, stream), 0.0
+
+
 _MAKERS: dict[str, Callable[[Sequence[Molecule], MoleculeSettings, np.random.Generator], Made]] = {
     "conformer": _conformer,
     "normal_modes": _normal_modes,
@@ -213,6 +220,7 @@ _MAKERS: dict[str, Callable[[Sequence[Molecule], MoleculeSettings, np.random.Gen
     "dimer": _dimer,
     "cluster": _cluster,
     "box": _box,
+    "path": _path,
 }
 
 
