@@ -37,23 +37,28 @@ SOFTEST_eV_A2 = 0.05 * 6.241509
 
 
 def molecule_frame(library: Sequence[Molecule], settings: MoleculeSettings, seed: int) -> Frame:
-    """Draw molecules and what is done to them; the same seed gives the same frame.
+    """Draw molecules and what is done to them; the same seed gives the same frame. What fails is drawn anew.
 
     Raises:
-        EmbeddingError: no geometry was found.
+        EmbeddingError: no geometry was found in many attempts.
     """
     stream = open_stream(seed, Purpose.CELL)
     names = sorted(settings.kinds)
     weights = np.array([settings.kinds[name] for name in names])
     make = _MAKERS[names[int(stream.choice(len(names), p=weights / weights.sum()))]]
+    fault = ""
     for _ in range(N_ATTEMPTS):
-        molecules, numbers, positions, edge_A = make(library, settings, stream)
+        try:
+            molecules, numbers, positions, edge_A = make(library, settings, stream)
+        except EmbeddingError as error:
+            fault = str(error)
+            continue
         if not _crowded(numbers, positions):
             charge, spin = sum(each.charge for each in molecules), sum(each.spin for each in molecules)
             cell, pbc = edge_A * np.eye(3), np.full(3, edge_A > 0)
             return Frame(numbers, positions, cell, pbc, charge, spin, Origin(kind="bootstrap", seed=seed))
-    smiles = ".".join(each.smiles for each in molecules)
-    raise EmbeddingError(f"{smiles}: atoms too close in {N_ATTEMPTS} geometries: displace or heat it less")
+    fault = fault or "atoms too close: displace or heat them less"
+    raise EmbeddingError(f"builder.molecules: no geometry in {N_ATTEMPTS} attempts; the last: {fault}")
 
 
 # Molecules, numbers, positions, edge of the cubic cell (0: none).
@@ -200,7 +205,7 @@ def _box(library: Sequence[Molecule], settings: MoleculeSettings, stream: np.ran
                 break
         else:
             raise EmbeddingError(
-                f"builder.molecules: a box of {len(parts)} molecules and {edge_A:.1f} A has no room for the next one:"
+                f"a box of {len(parts)} molecules and {edge_A:.1f} A has no room for the next one:"
                 " lower box_density_g_cm3 or the lower end of contact"
             )
         numbers, positions = np.concatenate([numbers, more]), np.concatenate([positions, placed])
