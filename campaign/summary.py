@@ -218,7 +218,8 @@ def _last_epoch(metrics: Path) -> dict[str, Any]:
     if not lines:
         return {}
     row = json.loads(lines[-1])
-    errors = {name: sum(values) / len(values) for name, values in row["valid"].items()}
+    # What labels do not have, such as the stress of molecules, has no error.
+    errors = {name: sum(values) / len(values) for name, values in row["valid"].items() if None not in values}
     return {"epoch": row["epoch"], "seconds": row["seconds"], "validation": errors}
 
 

@@ -209,15 +209,15 @@ def _training_note(training: Mapping[str, Any]) -> str:
     if "epoch" not in training:
         return f"training {note} starts"
     errors = training["validation"]
-    return (
-        f"training {note}, epoch {training['epoch']}: validation {errors['force_eV_per_A']:.3f} eV/A,"
-        f" {errors['energy_meV_per_atom']:.1f} meV/atom"
-    )
+    # Labels of some levels have no forces.
+    force = f"{errors['force_eV_per_A']:.3f} eV/A, " if "force_eV_per_A" in errors else ""
+    energy = f"{errors['energy_meV_per_atom']:.1f} meV/atom" if "energy_meV_per_atom" in errors else ""
+    return f"training {note}, epoch {training['epoch']}: validation {force}{energy}"
 
 
 def _errors_note(holdout: Mapping[str, Any]) -> str:
-    force, energy_meV = holdout["force_rmse_eV_per_A"], 1000 * holdout["energy_rmse_eV_per_atom"]
-    return f"force {force:.3f} eV/A, energy {energy_meV:.1f} meV/atom on {holdout['n_frames']} cells"
+    force = f"force {holdout['force_rmse_eV_per_A']:.3f} eV/A, " if "force_rmse_eV_per_A" in holdout else ""
+    return f"{force}energy {1000 * holdout['energy_rmse_eV_per_atom']:.1f} meV/atom on {holdout['n_frames']} cells"
 
 
 def _learning_curve(models: Sequence[Mapping[str, Any]]) -> Table:

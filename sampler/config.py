@@ -41,7 +41,7 @@ def _composition_form(value: Any) -> str:
     return "word" if isinstance(value, str) else "fractions"
 
 
-Kind = Literal["conformer", "normal_modes", "torsion", "dimer", "cluster", "box"]
+Kind = Literal["conformer", "normal_modes", "torsion", "dimer", "cluster", "box", "path"]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 PositiveRange = Annotated[tuple[Positive, Positive], AfterValidator(_ascending)]
@@ -86,8 +86,13 @@ class MoleculeSettings(Settings):
         default={"conformer": 1.0, "normal_modes": 4.0}
     )
     """How often each kind of geometry is made, relative to each other: "conformer", "normal_modes", "torsion" (a
-    single bond turned to a random angle), "dimer", "cluster", "box" (a periodic cell). All begin at minima of a force
-    field. Walkers in boxes follow the schedules of temperature and density: with wide ranges of both, a nanoreactor."""
+    single bond turned to a random angle), "dimer", "cluster", "box" (a periodic cell), "path" (between the sides of
+    one of `reactions`). All begin at minima of a force field. Walkers in boxes follow the schedules of temperature and
+    density: with wide ranges of both, a nanoreactor."""
+
+    reactions: tuple[str, ...] = ()
+    """Isomerisations for the kind "path": two molecules with >> between them, every atom with a map number, such as
+    "[H:1][C:2]#[N:3]>>[C-:2]#[N+:3][H:1]"."""
 
     displacement_A: NotNegative = 0.05
     """Standard deviation of the coordinates in all kinds but normal_modes, A."""
@@ -119,6 +124,12 @@ class MoleculeSettings(Settings):
 
     part: Literal["train", "test"] = "train"
     """Which molecules are built: "test" only to make a test set."""
+
+    @model_validator(mode="after")
+    def _paths_have_reactions(self) -> Self:
+        if self.kinds.get("path") and not self.reactions:
+            raise ValueError('kinds = { path = ... }: name the reactions in "reactions"')
+        return self
 
     @property
     def given(self) -> bool:

@@ -2,7 +2,7 @@
 
 normal_modes: a random displacement along the normal modes of a force field, as at a temperature. torsion: one bond
 turned to a random angle. dimer, cluster: molecules of random orientation side by side. box: many of them in a periodic
-cell. conformer: nothing of these.
+cell. path: a point between the two sides of a reaction. conformer: nothing of these.
 The published samplers (doi:10.1063/1.5023802) pick the most different of ten by their AEVs; here that is left to the
 removal of near-duplicates that all frames go through.
 """
@@ -19,6 +19,7 @@ from scipy.spatial.transform import Rotation
 
 from sampler.config import MoleculeSettings
 from sampler.molecules import EmbeddingError, Molecule, conformer, draw_molecule
+from sampler.reactions import parse_reaction, path_point
 from sampler.streams import Purpose, open_stream
 from shards.frame import Frame, Origin
 from shards.schema import AMU_A3_g_cm3, BOLTZMANN_eV_K, KCAL_MOL_eV
@@ -36,23 +37,28 @@ SOFTEST_eV_A2 = 0.05 * 6.241509
 
 
 def molecule_frame(library: Sequence[Molecule], settings: MoleculeSettings, seed: int) -> Frame:
-    """Draw molecules and what is done to them; the same seed gives the same frame.
+    """Draw molecules and what is done to them; the same seed gives the same frame. What fails is drawn anew.
 
     Raises:
-        EmbeddingError: no geometry was found.
+        EmbeddingError: no geometry was found in many attempts.
     """
     stream = open_stream(seed, Purpose.CELL)
     names = sorted(settings.kinds)
     weights = np.array([settings.kinds[name] for name in names])
     make = _MAKERS[names[int(stream.choice(len(names), p=weights / weights.sum()))]]
+    fault = ""
     for _ in range(N_ATTEMPTS):
-        molecules, numbers, positions, edge_A = make(library, settings, stream)
+        try:
+            molecules, numbers, positions, edge_A = make(library, settings, stream)
+        except EmbeddingError as error:
+            fault = str(error)
+            continue
         if not _crowded(numbers, positions):
             charge, spin = sum(each.charge for each in molecules), sum(each.spin for each in molecules)
             cell, pbc = edge_A * np.eye(3), np.full(3, edge_A > 0)
             return Frame(numbers, positions, cell, pbc, charge, spin, Origin(kind="bootstrap", seed=seed))
-    smiles = ".".join(each.smiles for each in molecules)
-    raise EmbeddingError(f"{smiles}: atoms too close in {N_ATTEMPTS} geometries: displace or heat it less")
+    fault = fault or "atoms too close: displace or heat them less"
+    raise EmbeddingError(f"builder.molecules: no geometry in {N_ATTEMPTS} attempts; the last: {fault}")
 
 
 # Molecules, numbers, positions, edge of the cubic cell (0: none).
@@ -199,11 +205,17 @@ def _box(library: Sequence[Molecule], settings: MoleculeSettings, stream: np.ran
                 break
         else:
             raise EmbeddingError(
-                f"builder.molecules: a box of {len(parts)} molecules and {edge_A:.1f} A has no room for the next one:"
+                f"a box of {len(parts)} molecules and {edge_A:.1f} A has no room for the next one:"
                 " lower box_density_g_cm3 or the lower end of contact"
             )
         numbers, positions = np.concatenate([numbers, more]), np.concatenate([positions, placed])
     return [molecule for molecules, _, _, _ in parts for molecule in molecules], numbers, positions, edge_A
+
+
+def _path(library: Sequence[Molecule], settings: MoleculeSettings, stream: np.random.Generator) -> Made:
+    reaction = parse_reaction(settings.reactions[int(stream.integers(len(settings.reactions)))])
+    numbers, positions = path_point(reaction, stream)
+    return [reaction.molecule], numbers, _shaken(positions, settings, stream), 0.0
 
 
 _MAKERS: dict[str, Callable[[Sequence[Molecule], MoleculeSettings, np.random.Generator], Made]] = {
@@ -213,6 +225,7 @@ _MAKERS: dict[str, Callable[[Sequence[Molecule], MoleculeSettings, np.random.Gen
     "dimer": _dimer,
     "cluster": _cluster,
     "box": _box,
+    "path": _path,
 }
 
 

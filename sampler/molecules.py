@@ -19,7 +19,17 @@ import numpy as np
 from sampler.config import MoleculeSettings
 from shards.settings import SettingsError
 
-__all__ = ["EmbeddingError", "Molecule", "conformer", "draw_molecule", "parse_molecule", "read_library", "split"]
+__all__ = [
+    "EmbeddingError",
+    "Molecule",
+    "conformer",
+    "draw_molecule",
+    "fragments",
+    "parse_molecule",
+    "read_library",
+    "relaxed",
+    "split",
+]
 
 N_EMBEDDINGS = 3
 MMFF_STEPS = 500
@@ -65,6 +75,8 @@ def read_library(elements: Sequence[str], settings: MoleculeSettings) -> tuple[M
     fitting = _thinned((molecule for molecule in molecules if low <= molecule.n_heavy <= high), settings.per_size)
     train, test = split(fitting, settings.test_fraction)
     chosen = test if settings.part == "test" else train
+    for smiles in settings.reactions:
+        _check_reaction(smiles, elements, settings, {molecule.formula for molecule in test})
     if not chosen:
         raise SettingsError(
             f"builder.molecules: no molecule is left to {settings.part} on, of {len(molecules)} given and"
@@ -136,10 +148,22 @@ def conformer(molecule: Molecule, stream: np.random.Generator) -> Any:
         EmbeddingError
     """
     from rdkit import Chem, rdBase
-    from rdkit.Chem import rdDistGeom, rdForceFieldHelpers
 
     with rdBase.BlockLogs():
-        mol = Chem.AddHs(Chem.MolFromSmiles(molecule.smiles))
+        return relaxed(Chem.AddHs(Chem.MolFromSmiles(molecule.smiles)), molecule.smiles, stream)
+
+
+def relaxed(graph: Any, name: str, stream: np.random.Generator) -> Any:
+    """A copy of RDKit's molecule, which has its hydrogen, with one random conformer at a minimum of a force field.
+
+    Raises:
+        EmbeddingError
+    """
+    from rdkit import Chem, rdBase
+    from rdkit.Chem import rdDistGeom, rdForceFieldHelpers
+
+    mol = Chem.Mol(graph)
+    with rdBase.BlockLogs():
         parameters = rdDistGeom.ETKDGv3()
         for attempt in range(N_EMBEDDINGS):
             parameters.randomSeed = int(stream.integers(2**31 - 1))
@@ -147,7 +171,7 @@ def conformer(molecule: Molecule, stream: np.random.Generator) -> Any:
             if rdDistGeom.EmbedMolecule(mol, parameters) == 0:
                 break
         else:
-            raise EmbeddingError(f"{molecule.smiles}: no conformer found in {N_EMBEDDINGS} attempts")
+            raise EmbeddingError(f"{name}: no conformer found in {N_EMBEDDINGS} attempts")
         if mol.GetNumAtoms() > 1 and rdForceFieldHelpers.MMFFHasAllMoleculeParams(mol):
             rdForceFieldHelpers.MMFFOptimizeMolecule(mol, maxIters=MMFF_STEPS)
         elif mol.GetNumAtoms() > 1 and rdForceFieldHelpers.UFFHasAllMoleculeParams(mol):
@@ -207,6 +231,18 @@ def _fault(molecule: Molecule, elements: Sequence[str], settings: MoleculeSettin
             " builder.molecules.ions_and_radicals"
         )
     return ""
+
+
+def _check_reaction(smiles: str, elements: Sequence[str], settings: MoleculeSettings, set_aside: set[str]) -> None:
+    """Raises SettingsError for a reaction that these settings do not allow."""
+    from sampler.reactions import parse_reaction
+
+    molecule = parse_reaction(smiles).molecule
+    fault = _fault(molecule, elements, settings)
+    if not fault and molecule.formula in set_aside:
+        fault = f"formula {molecule.formula} is set aside for tests: leave it out, or change test_fraction"
+    if fault:
+        raise SettingsError(f"builder.molecules.reactions: {smiles!r}: {fault}")
 
 
 def _connected(mol: Any, max_atoms: int) -> set[frozenset[int]]:

@@ -10,10 +10,13 @@ from safetensors.torch import load_file
 from trainer_cases import SMALL, emt_rows, write_manifest
 
 from potential.model_file import load_committee, read_metadata, save_committee
-from shards import FailureClass, Frame, Label, Outcome
+from shards import FailureClass, Frame, Label, Manifest, Outcome
 from shards.settings import SettingsError
 from trainer.config import TrainerSettings, TransferSettings
+from trainer.dataset import Dataset, DatasetError, load_dataset
+from trainer.networks import Networks
 from trainer.stage import evaluate, train, transfer
+from trainer.transfer import borrow_forces, check_levels, layer_factors
 
 ELEMENTS = ("Al", "Cu")
 QUICK = TrainerSettings(ranks=1, steps_per_epoch=4, max_epochs=100, learning_rate=3e-3)
@@ -87,24 +90,27 @@ def test_frozen_layers_stay_bit_by_bit_and_the_report_says_what_moved(parent, fe
     assert 0 < layers["hidden2"]["relative_change"] < 1
 
 
-def test_self_energies_take_up_what_differs_by_composition(parent, few, tmp_path):
-    outcome = _transfer(few, parent, tmp_path, max_epochs=1, learning_rate=1e-9, min_learning_rate=1e-10)
-    shift = load_committee(tmp_path / "model.safetensors").self_energies - load_committee(parent).self_energies
+@pytest.fixture(scope="module")
+def shifted(parent, few, tmp_path_factory) -> Path:
+    """The parent with the best constants per element: all that is possible without a weight."""
+    folder = tmp_path_factory.mktemp("shifted")
+    outcome = _transfer(few, parent, folder, max_epochs=1, learning_rate=1e-9, min_learning_rate=1e-10)
+    assert outcome.facts["parent"] == str(parent)
+    return folder / "model.safetensors"
+
+
+def test_self_energies_take_up_what_differs_by_composition(parent, shifted):
+    shift = load_committee(shifted).self_energies - load_committee(parent).self_energies
     # Beside the shift there is a tenth of EMT's energies, which are some 0.1 eV per atom here.
     np.testing.assert_allclose(shift.numpy(), SHIFT_eV, atol=0.3)
-    assert outcome.facts["parent"] == str(parent)
 
 
-def test_transfer_beats_its_parent_and_a_training_from_scratch(parent, few, held_out, tmp_path):
+def test_transfer_beats_its_parent_and_a_training_from_scratch(parent, shifted, few, held_out, tmp_path):
     _transfer(few, parent, tmp_path / "transfer", max_epochs=100, patience=40)
     transferred = _error(tmp_path / "transfer" / "model.safetensors", held_out)
     train(few, SMALL, QUICK, ELEMENTS, tmp_path / "scratch", seed=1)
-    scratch = _error(tmp_path / "scratch" / "model.safetensors", held_out)
-    # The parent with the best constants per element, all that is possible without any weight.
-    _transfer(few, parent, tmp_path / "shifted", max_epochs=1, learning_rate=1e-9, min_learning_rate=1e-10)
-    shifted = _error(tmp_path / "shifted" / "model.safetensors", held_out)
-    assert transferred < 0.8 * shifted
-    assert transferred < 0.8 * scratch
+    assert transferred < 0.8 * _error(shifted, held_out)
+    assert transferred < 0.8 * _error(tmp_path / "scratch" / "model.safetensors", held_out)
 
 
 def _force_error(model: Path, labels: Path) -> float:
@@ -129,16 +135,26 @@ def test_replay_without_labels_and_labels_without_replay_are_refused(parent, few
         _transfer(few, parent, tmp_path, forces="replayed")
     with pytest.raises(SettingsError, match=r"transfer\.forces = 'labels'"):
         _transfer(few, parent, tmp_path, replay=few)
+
+
+def _loaded(manifest: Path) -> Dataset:
+    return load_dataset(Manifest(manifest).receipts(), ELEMENTS, verify=True)
+
+
+def test_replayed_labels_of_other_frames_are_refused(parent, few, tmp_path):
     other = write_manifest(tmp_path / "other", emt_rows(8, seed=5, elements=ELEMENTS))
-    failure = _transfer(few, parent, tmp_path / "model", replay=other, forces="replayed").failure
-    assert "no frame of the labels has forces in the replayed ones" in failure.message
+    settings = TransferSettings(forces="replayed")
+    with pytest.raises(DatasetError, match="no frame of the labels has forces in the replayed ones"):
+        borrow_forces(load_committee(parent), _loaded(few), settings, Manifest(other).receipts())
 
 
 def test_levels_meet_only_when_asked(rows, parent, few, tmp_path):
-    low = write_manifest(tmp_path / "low", rows[:20])
-    failure = _transfer(low, parent, tmp_path / "same").failure
-    assert failure.kind is FailureClass.BAD_LABEL
-    assert "was trained on this very level of theory (emt 1)" in failure.message
+    metadata, low = read_metadata(parent), _loaded(write_manifest(tmp_path / "low", rows[:20]))
+    check_levels(metadata, "parent", low, transfer=False)
+    check_levels(metadata, "parent", _loaded(few), transfer=True)
+    check_levels({}, "of unknown level", low, transfer=True)
+    with pytest.raises(DatasetError, match=r"parent: was trained on this very level of theory \(emt 1\)"):
+        check_levels(metadata, "parent", low, transfer=True)
     warm = QUICK.model_copy(update={"warm_start": True})
     failure = train(few, SMALL, warm, ELEMENTS, tmp_path / "warm", seed=1, start=parent).failure
     assert failure.kind is FailureClass.BAD_LABEL
@@ -162,5 +178,7 @@ def test_an_imported_committee_of_no_known_level_is_carried_too(parent, few, tmp
         ({"freeze": ("hidden1", "hidden2", "output")}, "every layer is frozen"),
     ],
 )
-def test_impossible_layers_are_named(parent, few, tmp_path, fields, words):
-    assert words in _transfer(few, parent, tmp_path, **fields).failure.message
+def test_impossible_layers_are_named(fields, words):
+    networks = Networks([[(16, 10), (8, 16), (1, 8)]] * 2)
+    with pytest.raises(ValueError, match=words):
+        layer_factors(networks, TransferSettings(**({"freeze": ()} | fields)))

@@ -138,6 +138,19 @@ def test_running_training_is_followed_by_its_last_whole_epoch(run_dir):
     assert training["validation"]["force_eV_per_A"] == pytest.approx(0.4)
 
 
+def test_training_on_labels_without_forces_or_stress_is_followed_too(run_dir):
+    folder = run_dir / "models" / "gen-002"
+    folder.mkdir(parents=True)
+    valid = {"energy_meV_per_atom": [2.0, 4.0], "force_eV_per_A": [None, None], "stress_GPa": [None, None]}
+    row = {"epoch": 1, "seconds": 1, "valid": valid}
+    (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(row | {'epoch': i})}\n" for i in (1, 2)))
+    summary = summarise(run_dir, read_state(run_dir))
+    assert summary["training"]["validation"] == {"energy_meV_per_atom": 3.0}
+    console = Console(record=True, width=200)
+    console.print(page(summary))
+    assert "epoch 2: validation 3.0 meV/atom" in console.export_text()
+
+
 def test_without_a_terminal_there_is_one_line_for_what_has_moved(run_dir):
     stream = io.StringIO()
     state = read_state(run_dir)

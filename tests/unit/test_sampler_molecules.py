@@ -232,6 +232,42 @@ def test_walkers_in_boxes_leave_dimers(tmp_path):
     assert {frame.origin.kind for frame in frames} == {"walker"}
 
 
+HCN = "[H:1][C:2]#[N:3]>>[C-:2]#[N+:3][H:1]"
+
+
+def test_points_of_a_path_lead_from_one_side_of_a_reaction_to_the_other():
+    settings = settings_of(
+        smiles=("C", "C#N"), kinds={"path": 1.0}, reactions=(HCN,), displacement_A=0.0, test_fraction=0
+    )
+    library = read_library(ELEMENTS, settings)
+    frames = [molecule_frame(library, settings, seed) for seed in range(25)]
+    assert all(frame.numbers.tolist() == [1, 6, 7] for frame in frames)
+    to_carbon, to_nitrogen = (
+        np.array([np.linalg.norm(frame.positions[0] - frame.positions[other]) for frame in frames]) for other in (1, 2)
+    )
+    # Hydrogen is bonded to carbon at one end, to nitrogen at the other, and never lost or pressed on either between.
+    assert to_carbon.min() < 1.3 < to_carbon.max()
+    assert to_nitrogen.min() < 1.3 < to_nitrogen.max()
+    assert np.minimum(to_carbon, to_nitrogen).max() < 2.2
+    assert np.minimum(to_carbon, to_nitrogen).min() > 0.9
+
+
+@pytest.mark.parametrize(
+    ("reaction", "words"),
+    [
+        ("C", "must be two molecules"),
+        ("[H:1][C:2]#[N:3]>>[C-:2]#[NH+:3]", "every atom, hydrogen included, needs a map number"),
+        ("[H:1][Cl:2]>>[Cl:2][H:1]", "holds Cl"),
+        ("[H:1][C:2]#[N:3]>>[H:1].[C:2]#[N:3]", "is not one molecule"),
+        ("[H:1][O:2][H:3]>>[H:3][O:2][H:1]", "formula H2O is set aside for tests"),
+    ],
+)
+def test_impossible_reactions_are_named(reaction, words):
+    settings = settings_of(reactions=(reaction,), kinds={"path": 1.0}, test_fraction=0.2)
+    with pytest.raises(SettingsError, match=words):
+        read_library(ELEMENTS, settings)
+
+
 def test_kinds_are_mixed_by_their_weights():
     settings = settings_of(smiles=("O",), kinds={"conformer": 3.0, "dimer": 1.0, "torsion": 0.0}, test_fraction=0)
     library = read_library(ELEMENTS, settings)
