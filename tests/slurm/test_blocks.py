@@ -11,15 +11,15 @@ import pytest
 from conftest import Cluster
 from parsl.jobs.states import JobState, JobStatus
 
-from campaign.blocks import FRUITLESS_BLOCKS, SlurmBlocks, handle_fruitless_blocks
-from campaign.scheduler import SchedulerError, job_name
+from campaign.blocks import FRUITLESS_BLOCKS, JobBlocks, handle_fruitless_blocks
+from campaign.scheduler import SchedulerError, block_name
 from campaign.site import Slurm
 
 REFUSAL = "sbatch: invalid partition specified: nope; Batch job submission failed: Invalid partition name specified"
 
 
-def blocks_of(run_dir: Path, **fields: Any) -> SlurmBlocks:
-    blocks = SlurmBlocks("label", Slurm(poll_s=1, **fields), run_dir, "", lambda: None)
+def blocks_of(run_dir: Path, **fields: Any) -> JobBlocks:
+    blocks = JobBlocks("label", Slurm(poll_s=1, **fields), run_dir, "", lambda: None)
     blocks.script_dir = str(run_dir)
     return blocks
 
@@ -57,7 +57,7 @@ def test_end_of_a_block_is_known_with_its_last_words(cluster: Cluster, tmp_path:
 
 
 def test_job_of_a_submission_that_was_not_answered_is_cancelled(cluster: Cluster, tmp_path: Path) -> None:
-    name = job_name(tmp_path, "label")
+    name = block_name(tmp_path, "label")
     cluster.run("sbatch", "--parsable", "-J", name, "-o", "/dev/null", "--wrap", "sleep 60")
     blocks = blocks_of(tmp_path)
     job = blocks.submit("sleep 60", 1)
