@@ -162,6 +162,7 @@ def simulate(
         _console().print(forecast_page(result))
 
 
+@app.command()
 def stop(
     run_dir: RunDir,
     now: Annotated[bool, typer.Option("--now", help="End what runs, too; the next run starts it again.")] = False,

@@ -20,7 +20,7 @@ from labeler.config import LabelerSettings
 from labeler.engine import MissingEngine
 from trainer.launch import DEFAULT_LAUNCHER, rank_environment
 
-__all__ = ["AbsentError", "Finding", "Part", "PartError", "examine", "findings", "show"]
+__all__ = ["AbsentError", "Finding", "Part", "PartError", "a_task", "examine", "findings", "show"]
 
 RANKS = 2
 PATIENCE_S = 120.0
@@ -205,11 +205,11 @@ def _parsl(scratch: Path) -> str:
     from campaign.site import Site
 
     with ParslPools(Site(name="doctor"), scratch) as pools:
-        pid = pools.submit("sample", _worker).result(PATIENCE_S)["pid"]
+        pid = pools.submit("sample", a_task).result(PATIENCE_S)["pid"]
     return f"{_version('parsl')}, a worker (pid {pid}) ran a task"
 
 
-def _worker() -> dict[str, int]:
+def a_task() -> dict[str, int]:
     return {"pid": os.getpid()}
 
 
