@@ -162,6 +162,7 @@ def simulate(
         _console().print(forecast_page(result))
 
 
+@app.command()
 def stop(
     run_dir: RunDir,
     now: Annotated[bool, typer.Option("--now", help="End what runs, too; the next run starts it again.")] = False,
@@ -388,12 +389,38 @@ def import_model(
 
 
 @app.command()
-def doctor() -> None:
-    """Check that every part is there and works."""
-    from campaign.doctor import examine
+def site(
+    dest: Annotated[Path, typer.Argument(metavar="DEST", help="The site file to write.")] = Path("site.toml"),
+) -> None:
+    """Ask the scheduler what it has and write a first site file, with the meaning of every field."""
+    from campaign.survey import write_site
 
-    if not examine(_console()):
-        raise typer.Exit(FAILED)
+    for line in write_site(dest):
+        print(line)
+    print(f"{dest}: to be looked through; then smelt doctor --site {dest}")
+
+
+@app.command()
+def doctor(
+    site: Annotated[
+        Path | None, typer.Option(help="Check every stage where this site puts it, through its scheduler.")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="With --site: the campaign whose quantum code and ranks are tried.")
+    ] = None,
+) -> None:
+    """Check that every part is there and works: here, or on the nodes of a site."""
+    from campaign.checkup import DEFAULT_CAMPAIGN, check_site
+    from campaign.config import load_campaign
+    from campaign.doctor import examine
+    from campaign.site import load_site
+
+    if site is None:
+        if not examine(_console()):
+            raise typer.Exit(FAILED)
+    elif not check_site(load_site(site), load_campaign(config) if config else DEFAULT_CAMPAIGN, _console()):
+        print(f"smelt: {site}: not every stage works there, see above", file=sys.stderr)
+        raise typer.Exit(BAD_INPUT)
 
 
 def _console() -> Console:

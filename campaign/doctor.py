@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from labeler.config import LabelerSettings
 from labeler.engine import MissingEngine
 from trainer.launch import DEFAULT_LAUNCHER, rank_environment
 
-__all__ = ["examine"]
+__all__ = ["AbsentError", "Finding", "Part", "PartError", "a_task", "examine", "findings", "show"]
 
 RANKS = 2
 PATIENCE_S = 120.0
@@ -49,22 +49,42 @@ class Part:
     remedy: str = "run make setup"
 
 
+@dataclass(frozen=True)
+class Finding:
+    """What came out of a check."""
+
+    name: str
+    word: str  # ok | missing | BROKEN
+    text: str
+    healthy: bool
+
+
 def examine(console: Console) -> bool:
     """Print one line per part; whether smelt can work: nothing is broken, and what may be absent is optional."""
-    healthy = True
-    for part in PARTS:
+    verdicts = [show(finding, console) for finding in findings(PARTS)]
+    return all(verdicts)
+
+
+def show(finding: Finding, console: Console, where: str = "") -> bool:
+    """Print a finding, and return whether it is a healthy one."""
+    style = {"ok": "green", "missing": "yellow"}.get(finding.word, "") if finding.healthy else "bold red"
+    console.print(
+        Text.assemble((f"{finding.word:8}", style), where, (f"{finding.name:10}", "bold"), finding.text), soft_wrap=True
+    )
+    return finding.healthy
+
+
+def findings(parts: Iterable[Part]) -> Iterator[Finding]:
+    """Check one part after the other, each in a scratch folder of its own."""
+    for part in parts:
         with tempfile.TemporaryDirectory(prefix="smelt-doctor-") as scratch:
             try:
-                word, style, finding = "ok", "green", part.check(Path(scratch))
+                yield Finding(part.name, "ok", part.check(Path(scratch)), True)
             except (AbsentError, MissingEngine, ImportError) as error:
-                word, style, finding = "missing", "bold red" if part.needed else "yellow", f"{error}: {part.remedy}"
-                healthy = healthy and not part.needed
+                yield Finding(part.name, "missing", f"{error}: {part.remedy}", not part.needed)
             except Exception as error:
                 lines = str(error).strip().splitlines()
-                word, style, finding = "BROKEN", "bold red", f"{lines[0] if lines else type(error).__name__}"
-                healthy = False
-        console.print(Text.assemble((f"{word:8}", style), (f"{part.name:10}", "bold"), finding), soft_wrap=True)
-    return healthy
+                yield Finding(part.name, "BROKEN", lines[0] if lines else type(error).__name__, False)
 
 
 def _python(scratch: Path) -> str:
@@ -185,11 +205,11 @@ def _parsl(scratch: Path) -> str:
     from campaign.site import Site
 
     with ParslPools(Site(name="doctor"), scratch) as pools:
-        pid = pools.submit("sample", _worker).result(PATIENCE_S)["pid"]
+        pid = pools.submit("sample", a_task).result(PATIENCE_S)["pid"]
     return f"{_version('parsl')}, a worker (pid {pid}) ran a task"
 
 
-def _worker() -> dict[str, int]:
+def a_task() -> dict[str, int]:
     return {"pid": os.getpid()}
 
 

@@ -5,13 +5,10 @@ Every decision comes from the replayed ledger, every result is in it before anyt
 
 from __future__ import annotations
 
-import importlib.metadata
 import math
 import os
-import platform
 import shutil
 import signal
-import subprocess
 import threading
 import time
 from collections import Counter
@@ -60,6 +57,7 @@ from campaign.site import Site
 from campaign.state import POOL_OF, Candidate, State, Task
 from campaign.stop import Request, forget_stop, stop_request
 from campaign.tasks import candidates_path, scratch_folder, stage_call
+from campaign.versions import revision, versions
 from campaign.worker import forget_work, has_begun, perform, read_outcome
 from shards.frame import Frame
 from shards.outcome import Failure, FailureClass, Outcome, Timing
@@ -73,7 +71,6 @@ SITE_HEADER = "The site of the last run on this directory: what its machine offe
 PER_FRAME = ("scores", "order", "failures", "postponed")
 TICK_S = 0.5  # longest time between two decisions
 LOOK_S = 5.0  # time between two looks at labels that tasks under way have published
-PACKAGES = ("smelt", "torch", "ase", "h5py", "parsl", "mpi4py", "horovod", "gpaw", "numpy")
 
 OnEvent = Callable[[State], None]
 Event = tuple[str, dict[str, Any]]
@@ -169,8 +166,8 @@ def _open_campaign(config: CampaignConfig, run_dir: Path, ledger: Ledger, level:
             config_digest=digest,
             seed=config.campaign.seed,
             level=level,
-            versions=_versions(),
-            revision=_revision(),
+            versions=versions(),
+            revision=revision(),
         )
     return True
 
@@ -248,6 +245,8 @@ class Driver:
         self._start([(task.id, task.stage, self._left_of(task)) for task in running])
         while not (state := self._ledger.replay.state()).finished:
             request = stop_request(self._run_dir)
+            if request:
+                self._pools.hold()
             actions = [] if request else decide(state, self._settings, self._pools.slots, time.time())
             for action in actions:
                 self._carry_out(action)
@@ -517,25 +516,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions
-
-
-def _revision() -> str:
-    """Git revision of this code, with -dirty when it was changed since; empty when it is not in a repository."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return ""
 
 
 def _write_atomically(path: Path, text: str) -> None:

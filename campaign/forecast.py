@@ -16,7 +16,7 @@ from campaign.config import CampaignConfig
 from campaign.costs import Chance, Costs
 from campaign.policy import decide
 from campaign.simulation import Policy, World, decide_with_barriers
-from campaign.site import Pool, Site, Slurm, TrainPool
+from campaign.site import LabelPool, Pool, Site, Slurm, TrainPool
 from campaign.state import State
 from campaign.summary import pool_row
 from shards.settings import SettingsError
@@ -28,7 +28,7 @@ LOOP_S = 0.1  # what the driver takes for a decision and for what follows from i
 ASSUMED = Site(
     name="assumed",
     sample=Pool(slots=8, slurm=Slurm(max_blocks=2)),
-    label=Pool(slurm=Slurm()),
+    label=LabelPool(slots=1, slurm=Slurm()),
     train=TrainPool(slurm=Slurm(nodes_per_block=2, workers="block")),
 )
 

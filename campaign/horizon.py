@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from campaign.config import CampaignConfig
@@ -29,12 +30,13 @@ def task_limits(config: CampaignConfig, site: Site) -> Mapping[str, float]:
         limit_min = pool.slurm.task_min
         if name == "label":
             limit_min = max(limit_min, config.labeler.time_limit_min)
-        if name == "train" and config.trainer.max_minutes < pool.slurm.walltime_min - 1:
+        walltime_min = math.inf if site.allocation else pool.slurm.walltime_min
+        if name == "train" and config.trainer.max_minutes < walltime_min - 1:
             # A longer one goes on in the next block.
             limit_min = max(limit_min, config.trainer.max_minutes)
-        if 60 * limit_min + MARGIN_S >= 60 * pool.slurm.walltime_min:
+        if 60 * limit_min + MARGIN_S >= 60 * walltime_min:
             faults.append(
-                f"{name}.slurm.walltime_min = {pool.slurm.walltime_min}: too short for a task of {limit_min:g} minutes"
+                f"{name}.slurm.walltime_min = {walltime_min}: too short for a task of {limit_min:g} minutes"
                 f" ({name}.slurm.task_min{', labeler.time_limit_min' if name == 'label' else ''})"
             )
         limits[name] = 60 * limit_min

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import shlex
 import shutil
@@ -26,18 +27,21 @@ from parsl.jobs.error_handlers import windowed_error_handler
 from parsl.jobs.errors import TooManyJobFailuresError
 from parsl.launchers import SimpleLauncher
 from parsl.providers import LocalProvider
+from parsl.providers.base import ExecutionProvider
 
-from campaign.blocks import SlurmBlocks, handle_fruitless_blocks
+from campaign.allocation import Allocation, shares
+from campaign.blocks import LEASH, Blocks, JobBlocks, StepBlocks, handle_fruitless_blocks
 from campaign.horizon import BLOCK_END, MARGIN_S
 from campaign.lease import MARKER, reap
-from campaign.scheduler import SchedulerError, cancel_blocks
-from campaign.site import Pool, Site, Slurm
+from campaign.scheduler import SchedulerError, blocks_of, cancel_blocks, steps_of
+from campaign.site import Pool, Site
 from shards.outcome import FailureClass
 from shards.settings import SettingsError
 
 __all__ = ["ParslPools", "Pools", "failure_class"]
 
 CLEANUP_S = 10.0
+DRAIN = "SMELT_DRAIN_S"  # shell variable: seconds until a block takes no more tasks
 INTERFACE = "interface:"
 
 
@@ -57,6 +61,10 @@ class Pools(Protocol):
         """Pool -> why its tasks wait for nodes; empty when they do not."""
         ...
 
+    def hold(self) -> None:
+        """Ask for no more nodes."""
+        ...
+
 
 class ParslPools:
     """The pools of a site as Parsl executors, from entering to leaving the context.
@@ -71,14 +79,19 @@ class ParslPools:
         self._run_dir = run_dir
         self._limits = limits
         self._on_slurm = any(pool.slurm for pool in site.pools.values())
-        self._left_over = self._on_slurm  # blocks of a former driver, maybe
+        self._find = steps_of if site.allocation else blocks_of
+        self._left_over = True  # blocks of a former driver, maybe
 
     @property
     def slots(self) -> Mapping[str, int]:
         return {name: pool.slots for name, pool in self._site.pools.items()}
 
     def __enter__(self) -> ParslPools:
-        """Raises SchedulerError: no sbatch here. SettingsError: the site's interface is not here."""
+        """
+        Raises:
+            SchedulerError: no Slurm here, or not inside of a job although the site says so.
+            SettingsError: the site's interface is not here, or the job is too small.
+        """
         # interchange.py and process_worker_pool.py are found by PATH.
         folder = str(Path(sys.executable).parent)
         if folder not in os.environ.get("PATH", "").split(os.pathsep):
@@ -86,6 +99,10 @@ class ParslPools:
         if self._on_slurm and shutil.which("sbatch") is None:
             raise SchedulerError("sbatch is not on PATH: is this a host from which jobs can be submitted?")
         self._address = _address(self._site)
+        if self._site.allocation:
+            self._allocation = Allocation.this_job()
+            self._shares = shares(self._site, self._allocation.cores)
+            self._clear()
         self._log = _log_to_file(self._run_dir / "logs" / "parsl.log")
         self._kernel = parsl.DataFlowKernel(_parsl_config(self._run_dir))
         self._executors: dict[str, HighThroughputExecutor] = {}
@@ -115,13 +132,19 @@ class ParslPools:
         return {
             name: executor.provider.waits() if executor.outstanding() else ""
             for name, executor in self._executors.items()
-            if isinstance(executor.provider, SlurmBlocks)
+            if isinstance(executor.provider, Blocks)
         }
+
+    def hold(self) -> None:
+        for executor in self._executors.values():
+            if isinstance(executor.provider, Blocks):
+                executor.provider.hold()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         # Workers first: whatever they are at is not wanted any more, and Parsl would wait for it.
+        self.hold()
         reap(self._run_dir)
         if self._on_slurm:
             self._cancel_blocks()
@@ -134,7 +157,7 @@ class ParslPools:
 
     def _cancel_blocks(self) -> None:
         try:
-            cancel_blocks(self._run_dir)
+            cancel_blocks(self._run_dir, self._find)
         except SchedulerError as error:
             # The next driver does it; until then the blocks find their interchange gone and end.
             logging.getLogger("parsl").warning("blocks were not cancelled: %s", error)
@@ -142,15 +165,14 @@ class ParslPools:
     def _clear(self) -> None:
         """End the blocks of a former driver, before the first of this one: in the thread in which Parsl asks for it."""
         if self._left_over:
-            cancel_blocks(self._run_dir)
+            cancel_blocks(self._run_dir, self._find)
             self._left_over = False
 
     def _executor(self, name: str) -> HighThroughputExecutor:
         pool = self._site.pools[name]
-        slurm, prologue = pool.slurm, _prologue(pool, self._site, self._run_dir, self._limits.get(name, 0.0))
+        slurm = pool.slurm
         marker = f"{MARKER}={self._run_dir.resolve()}"
         interchange = [sys.executable, "-m", "parsl.executors.high_throughput.interchange"]
-        leash = [sys.executable, str(Path(__file__).with_name("leash.py"))]
         return HighThroughputExecutor(
             label=name,
             # Without one every interface is tried, and an outside service asked.
@@ -164,10 +186,31 @@ class ParslPools:
             heartbeat_threshold=slurm.silence_s if slurm else 10,
             # The default handler fails all tasks for good when the first block fails.
             block_error_handler=handle_fruitless_blocks if slurm else windowed_error_handler,
-            launch_cmd=DEFAULT_LAUNCH_CMD.replace("{drain_period}", "$SMELT_DRAIN_S"),
-            interchange_launch_cmd=[*leash, "env", marker, *interchange],
-            provider=SlurmBlocks(name, slurm, self._run_dir, prologue, self._clear) if slurm else _local(prologue),
+            launch_cmd=DEFAULT_LAUNCH_CMD.replace("{drain_period}", f"${DRAIN}"),
+            interchange_launch_cmd=[*LEASH, "env", marker, *interchange],
+            provider=self._provider(name, pool),
         )
+
+    def _provider(self, name: str, pool: Pool) -> ExecutionProvider:
+        slurm, prologue = pool.slurm, _prologue(pool, self._site, self._run_dir)
+        if slurm is None:
+            return LocalProvider(
+                init_blocks=1,
+                min_blocks=1,
+                max_blocks=1,
+                launcher=SimpleLauncher(),
+                worker_init=f"{prologue}\nexport {DRAIN}=None",
+            )
+        limit_s = self._limits.get(name, 0.0)
+        if not self._site.allocation:
+            end = f"$(( $(date +%s) + {60 * slurm.walltime_min - MARGIN_S} ))"
+            return JobBlocks(name, slurm, self._run_dir, f"{prologue}\n{_lifetime(end, limit_s)}", self._clear)
+        last_start = self._allocation.end - MARGIN_S - limit_s
+        if last_start < math.inf:
+            prologue += f"\n{_lifetime(str(round(self._allocation.end - MARGIN_S)), limit_s)}"
+        else:
+            prologue += f"\nexport {DRAIN}=None"
+        return StepBlocks(name, slurm, self._run_dir, prologue, self._allocation, self._shares[name], last_start)
 
 
 def failure_class(error: BaseException) -> FailureClass:
@@ -201,10 +244,6 @@ def _parsl_config(run_dir: Path) -> Config:
     )
 
 
-def _local(prologue: str) -> LocalProvider:
-    return LocalProvider(init_blocks=1, min_blocks=1, max_blocks=1, launcher=SimpleLauncher(), worker_init=prologue)
-
-
 def _address(site: Site) -> str:
     """Raises SettingsError: no such interface, or it has no address."""
     if not site.address.startswith(INTERFACE):
@@ -217,7 +256,7 @@ def _address(site: Site) -> str:
     return address
 
 
-def _prologue(pool: Pool, site: Site, run_dir: Path, limit_s: float) -> str:
+def _prologue(pool: Pool, site: Site, run_dir: Path) -> str:
     """The shell lines that come before the workers."""
     code = Path(__file__).resolve().parent.parent
     slurm = pool.slurm
@@ -225,7 +264,7 @@ def _prologue(pool: Pool, site: Site, run_dir: Path, limit_s: float) -> str:
         [
             *site.environment,
             *(slurm.environment if slurm else ()),
-            *(_block_lines(slurm, limit_s) if slurm else ["export SMELT_DRAIN_S=None"]),
+            f'export TMPDIR="{slurm.scratch}"' if slurm else "",
             f"export {MARKER}={shlex.quote(str(run_dir.resolve()))}",
             f"export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH",
             f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}",
@@ -235,10 +274,9 @@ def _prologue(pool: Pool, site: Site, run_dir: Path, limit_s: float) -> str:
     )
 
 
-def _block_lines(slurm: Slurm, limit_s: float) -> list[str]:
-    """What holds for the workers of a block: where they may write, until when they work, and until when they begin."""
-    lifetime_s = 60 * slurm.walltime_min - MARGIN_S
-    return [
-        f'export TMPDIR="{slurm.scratch}"',
-        f"export {BLOCK_END}=$(( $(date +%s) + {lifetime_s} )) SMELT_DRAIN_S={lifetime_s - round(limit_s)}",
-    ]
+def _lifetime(end: str, limit_s: float) -> str:
+    """What tells workers until when they work, and until when they begin anything.
+
+    end: seconds since the epoch, or what a shell makes them from.
+    """
+    return f"export {BLOCK_END}={end}\nexport {DRAIN}=$(( {BLOCK_END} - $(date +%s) - {round(limit_s)} ))"

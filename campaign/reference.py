@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from campaign.config import CampaignConfig
-from campaign.site import Pool, Site, Slurm, TrainPool
+from campaign.site import LabelPool, Pool, Site, Slurm, TrainPool
 from shards.settings import Settings
 
 __all__ = ["CONFIGS", "document", "reference_files"]
@@ -51,9 +51,12 @@ def reference_files() -> dict[Path, str]:
 
 
 def _on_slurm() -> Site:
-    pool = Pool(slurm=Slurm())
     return Site(
-        name="a Slurm machine", address="interface:ib0", sample=pool, label=pool, train=TrainPool(slurm=Slurm())
+        name="a Slurm machine",
+        address="interface:ib0",
+        sample=Pool(slurm=Slurm()),
+        label=LabelPool(slurm=Slurm()),
+        train=TrainPool(slurm=Slurm()),
     )
 
 

@@ -11,11 +11,22 @@ import hashlib
 import os
 import subprocess
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Block", "Pause", "SchedulerError", "blocks_of", "cancel", "cancel_blocks", "job_name", "submit"]
+__all__ = [
+    "Block",
+    "Pause",
+    "SchedulerError",
+    "ask",
+    "block_name",
+    "blocks_of",
+    "cancel",
+    "cancel_blocks",
+    "steps_of",
+    "submit",
+]
 
 COMMAND_S = 60.0
 # Beyond Slurm's KillWait, 30 s unless a site says otherwise.
@@ -45,12 +56,12 @@ class SchedulerError(RuntimeError):
 
 @dataclass(frozen=True)
 class Block:
-    """A job, as squeue says it."""
+    """A job, or a step of one, as squeue says it."""
 
     job: str
     partition: str
     state: str
-    n_nodes: int
+    n_nodes: int  # 0: not said
     nodes: str  # such as node[1-4]; empty before it starts
     reason: str  # why it is pending; None of Slurm's is empty here
     start: str  # local time; of a pending one the time it is expected to start, or N/A
@@ -84,7 +95,7 @@ class Pause:
         return time.monotonic() >= self._until
 
 
-def job_name(run_dir: Path, pool: str) -> str:
+def block_name(run_dir: Path, pool: str) -> str:
     """The name of all blocks of a pool: by it a later driver, and `smelt status`, find them."""
     return f"smelt-{hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:12]}-{pool}"
 
@@ -95,7 +106,7 @@ def submit(script: Path, options: Sequence[str]) -> str:
     Raises:
         SchedulerError: it was refused, or there was no answer. Then it may be in the queue all the same.
     """
-    return _output("sbatch", "--parsable", *options, str(script)).strip().partition(";")[0]
+    return ask("sbatch", "--parsable", *options, str(script)).strip().partition(";")[0]
 
 
 def blocks_of(run_dir: Path) -> list[Block]:
@@ -104,35 +115,56 @@ def blocks_of(run_dir: Path) -> list[Block]:
     Raises:
         SchedulerError: squeue fails.
     """
-    names = {job_name(run_dir, pool): pool for pool in POOLS}
+    names = {block_name(run_dir, pool): pool for pool in POOLS}
     command = ["squeue", "--me", "--noheader", "--states=all", f"--name={','.join(names)}"]
-    rows = [line.split("|") for line in _output(*command, f"--format={'|'.join(FIELDS)}").splitlines()]
+    rows = [line.split("|") for line in ask(*command, f"--format={'|'.join(FIELDS)}").splitlines()]
     return [
         Block(job, partition, state, int(n), nodes, "" if reason == "None" else reason, start, left, names[name])
         for job, partition, state, n, nodes, reason, start, left, name in rows
     ]
 
 
+def steps_of(run_dir: Path) -> list[Block]:
+    """The same for blocks that are steps of one large job; those that have ended are not among them.
+
+    Raises:
+        SchedulerError: squeue fails.
+    """
+    names = {block_name(run_dir, pool): pool for pool in POOLS}
+    command = ["squeue", "--me", "--noheader", "--steps", "--format=%i|%P|%N|%S|%j"]
+    rows = [line.split("|") for line in ask(*command).splitlines()]
+    return [
+        Block(step, partition, "RUNNING", 0, nodes, "", start, "", names[name])
+        for step, partition, nodes, start, name in rows
+        if name in names
+    ]
+
+
 def cancel(jobs: Iterable[str]) -> None:
     """Raises SchedulerError: scancel fails; not because a job has ended already."""
-    _output("scancel", "--quiet", *jobs)
+    ask("scancel", "--quiet", *jobs)
 
 
-def cancel_blocks(run_dir: Path) -> None:
-    """Cancel all blocks of a run directory, and wait until none of their processes is left.
+def cancel_blocks(run_dir: Path, find: Callable[[Path], list[Block]] = blocks_of) -> None:
+    """Cancel all blocks of a run directory that `find` finds, and wait until none of their processes is left.
 
     Raises:
         SchedulerError: squeue or scancel fails, or a job does not end.
     """
     deadline = time.monotonic() + CANCEL_S
-    while jobs := [block.job for block in blocks_of(run_dir) if not block.has_ended]:
+    while jobs := [block.job for block in find(run_dir) if not block.has_ended]:
         if time.monotonic() > deadline:
             raise SchedulerError(f"{run_dir}: jobs of a former driver do not end: scancel {' '.join(jobs)}")
         cancel(jobs)
         time.sleep(0.5)
 
 
-def _output(*command: str) -> str:
+def ask(*command: str) -> str:
+    """What a command of Slurm's says.
+
+    Raises:
+        SchedulerError: it is not here, fails, or does not end.
+    """
     try:
         done = subprocess.run(
             command, env=_environment(), capture_output=True, text=True, timeout=COMMAND_S, stdin=subprocess.DEVNULL

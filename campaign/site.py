@@ -10,8 +10,17 @@ from pydantic import Field, StringConstraints
 from shards.settings import Settings, SettingsError, parse_settings, read_toml
 from trainer.launch import DEFAULT_LAUNCHER
 
-__all__ = ["Pool", "Site", "Slurm", "TrainPool", "load_site", "parse_site"]
+__all__ = ["LabelPool", "Pool", "Site", "Slurm", "TrainPool", "load_site", "parse_site"]
 
+OF_A_JOB = (
+    "partition",
+    "account",
+    "qos",
+    "constraint",
+    "walltime_min",
+    "exclusive",
+    "scheduler_options",
+)
 Word = Annotated[str, StringConstraints(pattern=r"^\S*$")]
 Option = Annotated[str, StringConstraints(pattern=r"^--?[A-Za-z][^\n]*$")]
 Line = Annotated[str, StringConstraints(pattern=r"^[^\n]*$")]
@@ -40,7 +49,7 @@ class Slurm(Settings):
     """Jobs at the same time, at most."""
     workers: Literal["node", "block"] = "node"
     """node: every node of a block has workers of its own, and a task stays on its node. block: the first node has them,
-    and a task may start MPI ranks on all nodes of the block."""
+    and a task may start MPI ranks on all nodes of the block, or on its equal part of them if there are several."""
     cores_per_node: int = Field(default=0, ge=0)
     """Cores that are asked for on each node; 0 asks for none, as is right where whole nodes are given."""
     gpus_per_node: int = Field(default=0, ge=0)
@@ -87,10 +96,19 @@ class Pool(Settings):
         return {"slots": self.slots, "cores": cores or self.slots * self.cores, "nodes": nodes}
 
 
+class LabelPool(Pool):
+    slots: int = Field(default=2, ge=1)
+    """Tasks that run at the same time."""
+    launcher: tuple[str, ...] = ()
+    """Words that start the ranks of a label; placeholders as for train.launcher. If empty, labeler.launcher of the
+    campaign, which starts them on one node."""
+
+
 class TrainPool(Pool):
     launcher: tuple[str, ...] = DEFAULT_LAUNCHER
-    """Words that start the ranks of a training; {ranks} stands for their number, {hosts} for the nodes of the block
-    with the ranks of each, such as n1:2,n2:2."""
+    """Words that start the ranks of a training; {ranks} stands for their number, {nodes} for the number of nodes of a
+    task, {nodelist} for their names, such as n1,n2, and {hosts} for names with the ranks of each, such as
+    n1:2,n2:2."""
 
 
 class Site(Settings):
@@ -103,9 +121,12 @@ class Site(Settings):
     address: Word = "127.0.0.1"
     """Where workers on other hosts reach the driver: its name, its address, or interface:NAME for the address that the
     driver's host has on this network interface, such as interface:ib0. To be given where a pool is on Slurm."""
+    allocation: bool = False
+    """The driver and all stages are inside of one large job (slurm/allocation.sbatch): blocks are steps of it, not jobs
+    of their own, and what a job is asked for (partition, walltime_min, ...) is not said here."""
     sample: Pool = Field(default_factory=Pool)
     """Workers that build cells, run walkers and rank candidates."""
-    label: Pool = Field(default_factory=lambda: Pool(slots=2))
+    label: LabelPool = Field(default_factory=LabelPool)
     """Workers that run the quantum code."""
     train: TrainPool = Field(default_factory=TrainPool)
     """Workers that train and evaluate models."""
@@ -127,12 +148,21 @@ def parse_site(table: dict[str, Any]) -> Site:
         faults.append(
             "address: missing; workers on Slurm nodes reach the driver by it: a name, an address, or interface:NAME"
         )
-    if site.train.slurm and _spans_nodes(site.train.slurm) and site.train.launcher == DEFAULT_LAUNCHER:
-        faults.append(
-            "train.launcher: starts all ranks on one node, but train.slurm gives a training"
-            f' {site.train.slurm.nodes_per_block}; use ["mpirun", "-np", "{{ranks}}", "--host", "{{hosts}}",'
-            ' "--oversubscribe"] or ["srun", "--ntasks={ranks}", "--mpi=pmix"]'
-        )
+    if site.allocation:
+        faults += [
+            f"{name}.slurm.{field} = {getattr(pool.slurm, field)!r}: has no meaning with allocation = true"
+            for name, pool in site.pools.items()
+            for field in OF_A_JOB
+            if pool.slurm and getattr(pool.slurm, field) != Slurm.model_fields[field].default
+        ]
+    for name, launcher in (("label", site.label.launcher), ("train", site.train.launcher)):
+        slurm = site.pools[name].slurm
+        if slurm and _spans_nodes(slurm) and launcher in ((), DEFAULT_LAUNCHER):
+            faults.append(
+                f"{name}.launcher: starts all ranks on one node, but {name}.slurm gives a task"
+                f' {slurm.nodes_per_block}; use ["mpirun", "-np", "{{ranks}}", "--host", "{{hosts}}",'
+                ' "--oversubscribe"] or ["srun", "--ntasks={ranks}", "--mpi=pmix"]'
+            )
     if faults:
         raise SettingsError("\n".join(faults))
     return site

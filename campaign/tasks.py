@@ -12,8 +12,18 @@ from campaign.config import CampaignConfig
 from campaign.harvest import manifest_path
 from campaign.site import Site
 from campaign.state import Model, Task
+from labeler.config import LabelerSettings
 
-__all__ = ["Call", "candidates_path", "model_folder", "progress_path", "run_dir_of", "scratch_folder", "stage_call"]
+__all__ = [
+    "Call",
+    "candidates_path",
+    "labeler_there",
+    "model_folder",
+    "progress_path",
+    "run_dir_of",
+    "scratch_folder",
+    "stage_call",
+]
 
 
 @dataclass(frozen=True)
@@ -84,11 +94,17 @@ def _label(task: Task, config: CampaignConfig, site: Site, run_dir: Path, models
     return {
         "frames": run_dir / task.inputs["path"],
         "indices": task.inputs["indices"],
-        "settings": config.labeler,
+        "settings": labeler_there(config, site),
         "elements": config.campaign.elements,
         "dest": run_dir / "labels",
         "scratch": scratch_folder(run_dir, task.id),
     }
+
+
+def labeler_there(config: CampaignConfig, site: Site) -> LabelerSettings:
+    """The labeler's settings, with the site's way to start ranks, which changes no number."""
+    launcher = site.label.launcher
+    return config.labeler.model_copy(update={"launcher": launcher}) if launcher else config.labeler
 
 
 def _train(task: Task, config: CampaignConfig, site: Site, run_dir: Path, models: tuple[Model, ...]) -> dict[str, Any]:

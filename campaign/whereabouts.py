@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from campaign.lease import holder_of
-from campaign.scheduler import SchedulerError, blocks_of
+from campaign.scheduler import SchedulerError, blocks_of, steps_of
 from campaign.site import load_site
 from campaign.state import State, Task
 from campaign.worker import Work, work_under_way
@@ -37,9 +37,11 @@ def _row(task: Task, works: Mapping[str, Work]) -> dict[str, Any]:
 
 def _blocks(run_dir: Path) -> tuple[list[dict[str, Any]], str]:
     path = run_dir / "site.toml"
-    if not path.exists() or not any(pool.slurm for pool in load_site(path).pools.values()):
+    site = load_site(path) if path.exists() else None
+    if site is None or not any(pool.slurm for pool in site.pools.values()):
         return [], ""
+    find = steps_of if site.allocation else blocks_of
     try:
-        return [asdict(block) for block in blocks_of(run_dir) if not block.has_ended], ""
+        return [asdict(block) for block in find(run_dir) if not block.has_ended], ""
     except SchedulerError as error:
         return [], str(error)

@@ -119,7 +119,8 @@ class LabelerSettings(Settings):
     ranks: int = Field(default=1, ge=1)
     """MPI ranks for each label. GPAW shares out its k-points over them; other engines run on one."""
     launcher: tuple[str, ...] = ("mpirun", "--oversubscribe", "--bind-to", "none", "-np")
-    """Words before the number of ranks when there is more than one."""
+    """Words before the number of ranks when there is more than one, or words in which {ranks} stands for it. A site's
+    label.launcher takes their place."""
     environment: dict[str, str] = Field(default_factory=dict)
     """Variables for the process that computes, which otherwise sees only the few that it needs (PATH, HOME, ...)."""
     minimum_distance_A: float = Field(default=0.5, ge=0)

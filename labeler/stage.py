@@ -27,6 +27,7 @@ from labeler.process import Supervised, clean_environment
 from shards.frame import Frame
 from shards.label import Label, Level
 from shards.outcome import Clock, Failure, FailureClass, Outcome, Receipt
+from shards.ranks import launch_words, spans_nodes
 from shards.reader import ShardError, open_shard
 from shards.settings import SettingsError
 from shards.writer import write_labels
@@ -235,14 +236,22 @@ def _last_line(log: Path) -> str:
 
 
 def _command(settings: LabelerSettings, job: Path) -> list[str]:
-    launcher = [*settings.launcher, str(settings.ranks)] if settings.ranks > 1 else []
+    launcher = launch_words(_launcher(settings), settings.ranks, os.environ) if settings.ranks > 1 else []
     return [*launcher, sys.executable, "-m", "labeler.child", str(job)]
 
 
+def _launcher(settings: LabelerSettings) -> tuple[str, ...]:
+    words = settings.launcher
+    return words if any("{ranks}" in word for word in words) else (*words, "{ranks}")
+
+
 def _environment(settings: LabelerSettings) -> dict[str, str]:
+    launcher = settings.launcher if settings.ranks > 1 else ()
     # GPAW over mpi4py needs no GPAW built against this MPI.
     backend = {"GPAW_MPI_BACKEND": "mpi4py"} if settings.ranks > 1 else {}
-    return clean_environment(os.environ, backend | settings.environment, [Path(__file__).parents[1]])
+    # A launcher that starts ranks on other nodes asks Slurm for them.
+    job = {name: value for name, value in os.environ.items() if name.startswith("SLURM_") and spans_nodes(launcher)}
+    return clean_environment(os.environ, job | backend | settings.environment, [Path(__file__).parents[1]])
 
 
 def _find_mpi(settings: LabelerSettings) -> None:

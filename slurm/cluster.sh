@@ -25,9 +25,9 @@
 #   SMELT_CLUSTER_UTS           1: each node has its own host name, 0: not      (1 where namespaces allow it)
 #                               Without it Open MPI ranks on one node crash: set OMPI_MCA_btl=self,tcp.
 #   SMELT_CLUSTER_NODE_TIMEOUT  SlurmdTimeout, s                                (10)
-#   SMELT_CLUSTER_KILL_WAIT     KillWait, s                                     (5)
+#   SMELT_CLUSTER_KILL_WAIT     KillWait, s                                     (2)
 #   SMELT_CLUSTER_GRACE         GraceTime of partition low, s; 0: no warning    (10)
-#   SMELT_CLUSTER_CRED_EXPIRE   wait of a requeued job after a node failure, s  (10)
+#   SMELT_CLUSTER_CRED_EXPIRE   wait of a requeued job after a node failure, s  (5)
 #   SMELT_CLUSTER_WAIT          longest wait for idle nodes, s                  (60)
 #   SMELT_CLUSTER_KEEP          1: stop keeps the logs                          (0)
 set -uo pipefail
@@ -53,7 +53,7 @@ UTS=${SMELT_CLUSTER_UTS:-}
 if [ -z "$UTS" ]; then
   if "${NS[@]}" sh -c 'hostname node0 && mount --bind /etc/hosts /etc/hosts' 2>/dev/null; then UTS=1; else UTS=0; fi
 fi
-WAIT=${SMELT_CLUSTER_WAIT:-60} CRED=${SMELT_CLUSTER_CRED_EXPIRE:-10}
+WAIT=${SMELT_CLUSTER_WAIT:-60} CRED=${SMELT_CLUSTER_CRED_EXPIRE:-5}
 ME=$(id -un)
 export PATH="$PATH:/usr/sbin:/sbin"
 export SLURM_CONF="$D/etc/slurm.conf"
@@ -147,7 +147,7 @@ write_conf() {
   T=${T//@CLUSTER@/smelt}; T=${T//@HOST@/$(hostname -s)}; T=${T//@CTLD_PORT@/$base}
   T=${T//@USER@/$ME}; T=${T//@AUTH_TYPE@/$authtype}; T=${T//@CRED_TYPE@/$credtype}
   T=${T//@AUTH_INFO@/$info}; T=${T//@DIR@/$D}
-  T=${T//@SLURMD_TIMEOUT@/${SMELT_CLUSTER_NODE_TIMEOUT:-10}}; T=${T//@KILL_WAIT@/${SMELT_CLUSTER_KILL_WAIT:-5}}
+  T=${T//@SLURMD_TIMEOUT@/${SMELT_CLUSTER_NODE_TIMEOUT:-10}}; T=${T//@KILL_WAIT@/${SMELT_CLUSTER_KILL_WAIT:-2}}
   T=${T//@GRACE@/${SMELT_CLUSTER_GRACE:-10}}; T=${T//@CPUS@/$CPUS}; T=${T//@MEM@/$MEM}
   T=${T//@NODES@/$nodes}; T=${T//@ALL_NODES@/$(node_list "$N")}; T=${T//@GPU_NODES@/$GPUN}
   T=${T//@ACCOUNTING@/$acct}

@@ -12,7 +12,9 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-__all__ = ["DEFAULT_LAUNCHER", "HEARTBEAT", "rank_environment", "run_ranks", "spread"]
+from shards.ranks import launch_words
+
+__all__ = ["DEFAULT_LAUNCHER", "HEARTBEAT", "rank_environment", "run_ranks"]
 
 # One host, the environment's own mpirun. A site may use e.g. ("srun", "--ntasks={ranks}", "--mpi=pmix"), or
 # ("mpirun", "-np", "{ranks}", "--host", "{hosts}", "--oversubscribe").
@@ -64,14 +66,13 @@ def run_ranks(
 
     However this ends, no process of the group is left: on an interrupt the ranks are asked to stop and given a minute.
 
-    launcher: words, in which {ranks} stands for their number and {hosts} for what `spread` makes of the nodes of the
-    Slurm job that this process belongs to; of this host outside of one.
+    launcher: words with placeholders, see shards.ranks.launch_words.
 
     Raises:
         FileNotFoundError: there is no such launcher.
         TimeoutError: the ranks did not end in time; they were killed.
     """
-    prefix = _words(launcher, ranks, environment) if ranks > 1 else []
+    prefix = launch_words(launcher, ranks, environment) if ranks > 1 else []
     polite = ["nice", "-n", str(nice)] if nice else []
     heartbeat.write_text("")
     with tempfile.TemporaryDirectory(prefix="smelt-", dir="/tmp") as scratch, log.open("ab") as output:
@@ -87,27 +88,6 @@ def run_ranks(
             return _wait(process, heartbeat, time_limit_s)
         finally:
             _stop(process, heartbeat)
-
-
-def spread(ranks: int, nodes: Sequence[str]) -> str:
-    """Return how many ranks go on which node, as mpirun --host wants it: evenly, the first nodes having one more."""
-    each, more = divmod(ranks, len(nodes))
-    numbers = [each + (number < more) for number in range(len(nodes))]
-    return ",".join(f"{node}:{number}" for node, number in zip(nodes, numbers, strict=True) if number)
-
-
-def _words(launcher: Sequence[str], ranks: int, environment: Mapping[str, str]) -> list[str]:
-    hosts = spread(ranks, _nodes(environment)) if any("{hosts}" in word for word in launcher) else ""
-    return [word.format(ranks=ranks, hosts=hosts) for word in launcher]
-
-
-def _nodes(environment: Mapping[str, str]) -> list[str]:
-    nodes = environment.get("SLURM_JOB_NODELIST")
-    if nodes is None:
-        return ["localhost"]
-    # Only Slurm itself knows all forms of node[1-3,7].
-    command = ["scontrol", "show", "hostnames", nodes]
-    return subprocess.run(command, env=dict(environment), capture_output=True, text=True, check=True).stdout.split()
 
 
 def _wait(process: subprocess.Popen[bytes], heartbeat: Path, time_limit_s: float) -> int:

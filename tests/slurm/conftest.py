@@ -9,37 +9,37 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from campaign.reference import document
+from campaign.site import parse_site
 
 SCRIPT = Path(__file__).parents[2] / "slurm" / "cluster.sh"
 DAEMONS = ("slurmctld", "slurmd", "srun", "munged")
 PATH = f"{os.environ['PATH']}{os.pathsep}/usr/sbin"
 
 # Short times, so that what is lost is noticed in seconds. The ranks' words are for Open MPI as root on loopback.
-SITE = """
-name = "test cluster"
-address = "127.0.0.1"
+FAST = {"poll_s": 1, "silence_s": 10}
+CPU = FAST | {"partition": "cpu", "walltime_min": 20}
+GPU = CPU | {"partition": "gpu"}
+TWO_NODES = {"nodes_per_block": 2, "workers": "block"}
+MPIRUN = ["mpirun", "--allow-run-as-root", "-np", "{ranks}", "--host", "{hosts}", "--oversubscribe"]
+MPIRUN += ["--bind-to", "none", "--mca", "btl_tcp_if_include", "lo"]
 
-[sample]
-slurm = { partition = "cpu", walltime_min = 20, poll_s = 2, silence_s = 10 }
 
-[label]
-slots = 2
-slurm = { partition = "cpu", walltime_min = 20, poll_s = 2, silence_s = 10 }
-
-[train]
-launcher = ["mpirun", "--allow-run-as-root", "-np", "{ranks}", "--host", "{hosts}", "--oversubscribe",
-            "--bind-to", "none", "--mca", "btl_tcp_if_include", "lo"]
-
-[train.slurm]
-partition = "gpu"
-walltime_min = 20
-nodes_per_block = 2
-workers = "block"
-poll_s = 2
-silence_s = 10
-"""
+def write_site(path: Path, **tables: Any) -> Path:
+    """A site file for the cluster: walkers and labels on nodes of their own, each training on two other ones."""
+    site = {
+        "name": "test cluster",
+        "address": "127.0.0.1",
+        "sample": {"slurm": CPU},
+        "label": {"slots": 2, "slurm": CPU},
+        "train": {"launcher": MPIRUN, "slurm": GPU | TWO_NODES},
+    }
+    path.write_text(document("For tests.", parse_site(site | tables)))
+    return path
 
 
 class Cluster:
@@ -94,7 +94,4 @@ def cluster(running_cluster: Cluster) -> Iterator[Cluster]:
 
 @pytest.fixture
 def site(tmp_path: Path) -> Path:
-    """A site file for the cluster: walkers and labels on nodes of their own, each training on two other ones."""
-    path = tmp_path / "slurm-test.toml"
-    path.write_text(SITE)
-    return path
+    return write_site(tmp_path / "slurm-test.toml")

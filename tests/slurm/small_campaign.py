@@ -1,4 +1,4 @@
-"""A small real campaign: EMT labels, walkers, trainings by two ranks. Its configuration knows no Slurm."""
+"""Small real campaigns: labels by EMT or GPAW, walkers, trainings by two ranks. Their configuration knows no Slurm."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 COMMAND = "from campaign.cli import main; main()"
 LONGEST_S = 400
 
-CONFIG = """
+LOOP = """
 [campaign]
 name = "slurm"
 elements = ["Al"]
@@ -29,10 +29,10 @@ seed = 3
 n_bootstrap = 8
 holdout_fraction = 0.2
 labels_per_task = 3
-retrain_after = 6
+retrain_after = {retrain_after}
 queue_target = 8
-max_labels = 20
-max_generations = 3
+max_labels = {max_labels}
+max_generations = {max_generations}
 
 [potential]
 radial_cutoff_A = 4.5
@@ -44,7 +44,7 @@ hidden = [4]
 n_members = 2
 
 [builder]
-n_atoms = [4, 6]
+n_atoms = {n_atoms}
 density_g_cm3 = [2.0, 2.8]
 minimum_distance_A = 2.0
 
@@ -55,27 +55,43 @@ check_every = 5
 walkers_per_task = 4
 force_mean_threshold_eV_A = 0.001
 
-[labeler]
-engine = "counting_calculator.CountingEMT"
-environment = { COUNT_FILE = "COUNT" }
-time_limit_min = 2
-
 [trainer]
 ranks = 2
 batch = 8
 max_epochs = 5
+
+[labeler]
+time_limit_min = 2
 """
+EMT = LOOP.format(max_labels=20, retrain_after=6, max_generations=3, n_atoms=[4, 6]) + (
+    """
+engine = "counting_calculator.CountingEMT"
+environment = { COUNT_FILE = "COUNT" }
+"""
+)
+SLOW = EMT.replace("COUNT_FILE", 'COUNT_NAP_S = "1", COUNT_FILE')
+GPAW = LOOP.format(max_labels=11, retrain_after=2, max_generations=2, n_atoms=[1, 2]) + (
+    """
+[labeler.gpaw]
+cutoff_eV = 100
+kpoint_spacing_per_A = 2
+smearing_eV = 0.5
+energy_tolerance_eV = 1e-2
+density_tolerance = 1e-2
+eigenstates_tolerance_eV2 = 1e-2
+"""
+)
 
 
 class Campaign:
     """A campaign in a folder, run by `smelt run` in a process of its own; `nodes_of_ranks` are those seen training."""
 
-    def __init__(self, folder: Path, site: Path) -> None:
+    def __init__(self, folder: Path, site: Path, config: str = EMT) -> None:
         self.run_dir = folder / "run"
         self._count = folder / "count"
         self._count.touch()
         self.config = folder / "c.toml"
-        self.config.write_text(CONFIG.replace('"COUNT"', f'"{self._count}"'))
+        self.config.write_text(config.replace('"COUNT"', f'"{self._count}"'))
         self.arguments = [str(self.config), "--run-dir", str(self.run_dir), "--site", str(site)]
         paths = [str(ROOT), str(ROOT / "tests" / "workflow"), os.environ.get("PYTHONPATH", "")]
         self.environment = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"}
@@ -91,7 +107,7 @@ class Campaign:
             try:
                 while driver.poll() is None:
                     assert time.monotonic() < end, f"not within {LONGEST_S} s:\n{log.read_text()}"
-                    self._look_for_ranks()
+                    self.look_for_ranks()
                     meanwhile()
                     time.sleep(0.3)
             finally:
@@ -99,7 +115,7 @@ class Campaign:
                 driver.wait()
         return driver.returncode, log.read_text()
 
-    def _look_for_ranks(self) -> None:
+    def look_for_ranks(self) -> None:
         for process in psutil.process_iter():
             try:
                 if process.cmdline()[1:3] == ["-m", "trainer"] and process.environ()[MARKER] == str(self.run_dir):
@@ -108,7 +124,7 @@ class Campaign:
                 continue
 
     def computed(self) -> Counter[str]:
-        """Frame -> how often it was computed."""
+        """Frame -> how often EMT computed it."""
         return Counter(line.split()[0] for line in self._count.read_text().splitlines())
 
     def events(self, kind: str) -> list[dict[str, Any]]:
@@ -130,5 +146,16 @@ class Campaign:
             for frame in shard.ids
         ]
         assert set(recorded.values()) == {1}
-        assert set(recorded) == asked == set(self.computed()) == set(kept)
+        assert set(recorded) == asked == set(kept)
         assert len(kept) == len(asked) == read_state(self.run_dir).n_labels == n_labels
+
+    def check_nodes(self) -> None:
+        """Each stage was on nodes of its own, and each training on two."""
+        ranks, walkers, labels = self.nodes_of_ranks, self.hosts("sample"), self.hosts("label")
+        assert len(ranks) == 2
+        assert walkers
+        assert labels
+        assert self.hosts("train") <= ranks
+        assert not ranks & walkers
+        assert not ranks & labels
+        assert not walkers & labels

@@ -8,18 +8,21 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import Cluster
+from conftest import CPU, Cluster
 from parsl.jobs.states import JobState, JobStatus
 
-from campaign.blocks import FRUITLESS_BLOCKS, SlurmBlocks, handle_fruitless_blocks
-from campaign.scheduler import SchedulerError, job_name
-from campaign.site import Slurm
+from campaign.blocks import FRUITLESS_BLOCKS, JobBlocks, handle_fruitless_blocks
+from campaign.doctor import a_task
+from campaign.pools import ParslPools
+from campaign.scheduler import SchedulerError, block_name
+from campaign.scheduler import blocks_of as find_blocks
+from campaign.site import Slurm, parse_site
 
 REFUSAL = "sbatch: invalid partition specified: nope; Batch job submission failed: Invalid partition name specified"
 
 
-def blocks_of(run_dir: Path, **fields: Any) -> SlurmBlocks:
-    blocks = SlurmBlocks("label", Slurm(poll_s=1, **fields), run_dir, "", lambda: None)
+def blocks_of(run_dir: Path, **fields: Any) -> JobBlocks:
+    blocks = JobBlocks("label", Slurm(poll_s=1, **fields), run_dir, "", lambda: None)
     blocks.script_dir = str(run_dir)
     return blocks
 
@@ -57,7 +60,7 @@ def test_end_of_a_block_is_known_with_its_last_words(cluster: Cluster, tmp_path:
 
 
 def test_job_of_a_submission_that_was_not_answered_is_cancelled(cluster: Cluster, tmp_path: Path) -> None:
-    name = job_name(tmp_path, "label")
+    name = block_name(tmp_path, "label")
     cluster.run("sbatch", "--parsable", "-J", name, "-o", "/dev/null", "--wrap", "sleep 60")
     blocks = blocks_of(tmp_path)
     job = blocks.submit("sleep 60", 1)
@@ -84,6 +87,18 @@ def test_controller_that_does_not_answer_is_waited_for(
     cluster.wait(lambda: blocks.max_blocks == 1, 3)
     blocks.submit("sleep 60", 1)
     assert blocks.waits() == ""
+
+
+def test_block_ends_in_good_order_before_its_time_is_over(cluster: Cluster, tmp_path: Path) -> None:
+    """Of its minute a block uses half, and starts nothing in the last twenty seconds of that."""
+    site = parse_site({"name": "test", "address": "127.0.0.1", "sample": {"slurm": CPU | {"walltime_min": 1}}})
+    with ParslPools(site, tmp_path, {"sample": 20}) as pools:
+        assert pools.submit("sample", a_task).result(60)
+        (first,) = find_blocks(tmp_path)
+        cluster.wait(lambda: cluster.state(first.job) == "COMPLETED", 25)
+        assert pools.submit("sample", a_task).result(60)
+        assert {block.state for block in find_blocks(tmp_path)} == {"COMPLETED", "RUNNING"}
+    assert cluster.jobs() == {}
 
 
 def test_pool_is_given_up_when_its_blocks_run_in_vain_again_and_again(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from conftest import Cluster
 
-from campaign.scheduler import SchedulerError, blocks_of, cancel_blocks, job_name
+from campaign.scheduler import SchedulerError, block_name, blocks_of, cancel_blocks
 
 
 def submit(cluster: Cluster, name: str) -> str:
@@ -15,8 +15,8 @@ def submit(cluster: Cluster, name: str) -> str:
 
 
 def test_blocks_of_a_run_directory_are_ended_and_no_others(cluster: Cluster, tmp_path: Path) -> None:
-    own = [submit(cluster, job_name(tmp_path, pool)) for pool in ("label", "train")]
-    other = submit(cluster, job_name(tmp_path / "other", "label"))
+    own = [submit(cluster, block_name(tmp_path, pool)) for pool in ("label", "train")]
+    other = submit(cluster, block_name(tmp_path / "other", "label"))
     cluster.wait(lambda: cluster.state(own[1]) == "RUNNING")
     found = {block.job: block for block in blocks_of(tmp_path)}
     assert sorted(found) == sorted(own)

@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import time
 from pathlib import Path
 
 import pytest
@@ -9,9 +11,12 @@ from rich.console import Console
 
 from campaign import cli
 from campaign.config import load_campaign
+from campaign.lease import Lease
 from campaign.ledger import Ledger, read_state
-from campaign.reference import CONFIGS, reference_files
-from campaign.site import Site, load_site
+from campaign.reference import CONFIGS, document, reference_files
+from campaign.scheduler import block_name
+from campaign.site import Site, load_site, parse_site
+from campaign.stop import Request, stop_request
 from campaign.summary import plot_learning_curve, summarise, write_summary
 from campaign.view import LiveView, page
 from shards import Frame, Label, Level, write_labels
@@ -126,6 +131,79 @@ def test_page_shows_every_figure(run_dir):
         "20.5%   driver 79.5%",
     ):
         assert figure in text
+
+
+@pytest.fixture
+def at_work(run_dir, monkeypatch):
+    """A driver of this process, with a label at work on a node and blocks that a false squeue tells of."""
+    write_site(run_dir)
+    work = run_dir / "scratch" / "label-1" / "work.json"
+    work.parent.mkdir(parents=True)
+    work.write_text(json.dumps({"task": "label-1", "host": "node7", "since": time.time() - 90, "job": "12"}))
+    (run_dir / "bin").mkdir()
+    monkeypatch.setenv("PATH", f"{run_dir / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    name = block_name(run_dir, "label")
+    rows = [
+        f"12|cpu|RUNNING|1|node7|None|2026-11-21T10:00:00|59:30|{name}",
+        f"13|cpu|PENDING|2||Priority|N/A|1:00:00|{name}",
+        f"11|cpu|TIMEOUT|1|node6|None|2026-11-21T09:00:00|0:00|{name}",
+    ]
+    write_command(run_dir / "bin" / "squeue", "\n".join(["cat <<'END'", *rows, "END"]))
+    with Lease(run_dir):
+        yield run_dir
+
+
+def write_site(run_dir):
+    site = parse_site({"name": "a", "address": "127.0.0.1", "label": {"slurm": {}}})
+    (run_dir / "site.toml").write_text(document("For tests.", site))
+
+
+def write_command(path, script):
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+
+
+def test_status_tells_where_tasks_are_and_what_the_scheduler_has(at_work, capsys):
+    with Ledger(at_work) as ledger:
+        ledger.append("pool_waits", pool="train", reason="sbatch: no such partition")
+    assert cli._run(["status", str(at_work)]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "hand running" in text
+    assert "12 label cpu RUNNING node7 59:30" in text
+    assert "13 label cpu PENDING 2 1:00:00 Priority, expected to start: N/A" in text
+    assert "TIMEOUT" not in text
+    assert "label-1 node7 12 0:01:3" in text
+    assert "1 of train waiting for a worker" in text
+    assert "waiting train: sbatch: no such partition" in text
+    assert "failures labels: scf 1" in text
+
+
+def test_status_is_told_as_well_where_the_scheduler_does_not_answer(at_work, capsys):
+    write_command(at_work / "bin" / "squeue", "echo squeue: error: Unable to contact slurm controller >&2; exit 1")
+    assert cli._run(["status", str(at_work), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert (said["blocks"], said["scheduler"]) == ([], "squeue: Unable to contact slurm controller")
+    assert [task["host"] for task in said["tasks"]] == ["node7", ""]
+
+
+def test_stop_waits_for_the_driver_and_says_for_what(at_work, capsys, monkeypatch):
+    asked = []
+
+    def end_the_task(seconds):
+        asked.append(stop_request(at_work))
+        (at_work / "scratch" / "label-1" / "work.json").unlink(missing_ok=True)
+        if len(asked) == 2:
+            (at_work / "lock").write_text("")
+
+    monkeypatch.setattr(cli.time, "sleep", end_the_task)
+    assert cli._run(["stop", str(at_work)]) == 0
+    first, second, last = capsys.readouterr().out.splitlines()
+    assert first == "waiting for label-1 on node7"
+    assert second.startswith(f"waiting for the driver (pid {os.getpid()} on ")
+    assert last == "stopped; smelt run goes on from here"
+    assert asked == [Request.DRAIN, Request.DRAIN]
+    assert cli._run(["stop", "--now", str(at_work)]) == 0
+    assert capsys.readouterr().out == f"no driver is at work on {at_work}\n"
 
 
 def test_running_training_is_followed_by_its_last_whole_epoch(run_dir):

@@ -90,6 +90,8 @@ class ThreadPools:
     def waits(self) -> Mapping[str, str]:
         return {}
 
+    def hold(self) -> None: ...
+
 
 @pytest.fixture(scope="module")
 def threads() -> Iterator[None]:

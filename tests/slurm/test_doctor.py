@@ -1,0 +1,69 @@
+"""Is a machine described as it is, and does a check of every stage find what works there and what does not?"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import CPU, GPU, MPIRUN, TWO_NODES, Cluster, write_site
+from small_campaign import COMMAND, GPAW, ROOT
+
+from campaign.site import load_site
+
+
+def smelt(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", COMMAND, *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL)
+
+
+@pytest.fixture
+def folder(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    return tmp_path
+
+
+def test_site_is_described_by_its_scheduler(folder: Path) -> None:
+    done = smelt(folder, "site", "here.toml")
+    assert done.returncode == 0, done.stderr
+    assert "partition cpu (default): 2 nodes of 2 cores, 8 GB, no GPUs, up to 24 h" in done.stdout
+    assert "partition gpu: 2 nodes of 2 cores, 8 GB, 2 GPUs, up to 24 h" in done.stdout
+    site = load_site(folder / "here.toml")
+    assert site.name == "smelt cluster"
+    assert [pool.slurm.gpus_per_node for pool in site.pools.values() if pool.slurm] == [2, 0, 0]
+    again = smelt(folder, "site", "here.toml")
+    assert (again.returncode, again.stderr) == (2, "smelt: here.toml: is there already; name another file\n")
+
+
+def doctor(folder: Path, labeler: str, **tables: Any) -> subprocess.CompletedProcess[str]:
+    write_site(folder / "site.toml", sample={}, **tables)
+    (folder / "c.toml").write_text(GPAW.replace("[labeler]", f"[labeler]\n{labeler}"))
+    return smelt(folder, "doctor", "--site", "site.toml", "--config", "c.toml")
+
+
+def test_every_stage_is_checked_on_its_nodes(folder: Path) -> None:
+    """Walkers beside the driver; a label on two nodes; a training on two others."""
+    done = doctor(folder, "ranks = 2", label={"slots": 1, "launcher": MPIRUN, "slurm": CPU | TWO_NODES})
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = [line.split(maxsplit=3) for line in done.stdout.splitlines() if not line.startswith("waits")]
+    found = {(pool, name): text for word, pool, name, text in lines if word == "ok"}
+    assert len(found) == len(lines)
+    assert "eV for 2 atoms of Al" in found["label", "gpaw"]
+    assert "on 2 ranks" in found["label", "gpaw"]
+    assert found["train", "MPI"] == found["train", "Horovod"] == "2 ranks on node1, node2 add up"
+    assert found["sample", "versions"].startswith("as the driver's: python ")
+
+
+def test_what_does_not_work_is_named_with_its_reason(folder: Path) -> None:
+    here = [word.replace("{hosts}", "localhost") for word in MPIRUN]
+    train = {"launcher": here, "slurm": GPU | TWO_NODES | {"gpus_per_node": 2}}
+    done = doctor(folder, 'engine = "no_such.Code"', train=train)
+    assert done.returncode == 2
+    lines = [line.split(maxsplit=3) for line in done.stdout.splitlines() if line.startswith(("BROKEN", "missing"))]
+    bad = {(pool, name): text for _, pool, name, text in lines}
+    assert set(bad) == {("label", "Code"), ("train", "GPU"), ("train", "MPI"), ("train", "Horovod")}
+    assert "sees none" in bad["train", "GPU"]
+    assert bad["train", "MPI"] == "2 ranks on node1 only, where there are 2 nodes: see train.launcher"
+    assert "smelt: site.toml: not every stage works there, see above" in done.stderr
