@@ -165,7 +165,8 @@ def plan(project: dict[str, Any]) -> list[Step]:
     horovod = project["tool"]["smelt"]["horovod"]
     torch = [pin for pin in pins if pin.startswith("torch==")]
     packages = [*pins, *extras["molecules"], *extras["horovod"], *extras["dev"]]
-    sources = [ROOT / "setup.py", *sorted((ROOT / "potential" / "kernels").glob("*.[ch]*"))]
+    kernels = ROOT / "potential" / "kernels"
+    sources = [ROOT / "setup.py", *sorted([*kernels.glob("*.cpp"), *kernels.glob("*.h")])]
     distribution = (project["project"], project["tool"]["setuptools"])
     return [
         Step("environment", "Python environment", digest(sys.version, sys.base_prefix, ROOT), create_environment),
