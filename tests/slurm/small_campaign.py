@@ -63,13 +63,14 @@ max_epochs = 5
 [labeler]
 time_limit_min = 2
 """
-EMT = LOOP.format(max_labels=20, retrain_after=6, max_generations=3, n_atoms=[4, 6]) + (
+EMT = LOOP.format(max_labels=20, retrain_after=12, max_generations=2, n_atoms=[4, 6]) + (
     """
 engine = "counting_calculator.CountingEMT"
 environment = { COUNT_FILE = "COUNT" }
 """
 )
-SLOW = EMT.replace("COUNT_FILE", 'COUNT_NAP_S = "1", COUNT_FILE')
+# Two seconds for a label: what happens to a campaign meets some on the way.
+SLOW = EMT.replace("COUNT_FILE", 'COUNT_NAP_S = "2", COUNT_FILE')
 GPAW = LOOP.format(max_labels=11, retrain_after=2, max_generations=2, n_atoms=[1, 2]) + (
     """
 [labeler.gpaw]

@@ -91,8 +91,9 @@ class Trouble:
             self._next.pop(0)
             self._computed = len(self._story.campaign.computed())
 
-    def is_over(self) -> bool:
-        return not self._next
+    @property
+    def left(self) -> list[str]:
+        return [step.__name__ for step in self._next]
 
     def _give_time(self) -> bool:
         """Once it was warned for want of time."""
@@ -131,7 +132,7 @@ def test_campaign_survives_the_end_of_its_drivers_time_a_dead_node_and_a_cancell
     story.cluster.wait(lambda: story.cluster.state(job) == "RUNNING", 10)
     trouble = Trouble(story, job)
     assert story.end(job, 400, trouble) == "COMPLETED", story.error()
-    assert trouble.is_over()
+    assert trouble.left == []
     assert story.campaign.events("driver_stopped")[0]["reason"] == "interrupted"
     assert len(story.campaign.events("driver_started")) == 2
     story.campaign.check_labels(20)
