@@ -97,13 +97,13 @@ class Blocks(ExecutionProvider):
         return job
 
     def status(self, job_ids: Sequence[object]) -> list[JobStatus]:
-        active = [job for job, status in self._statuses.items() if not status.terminal]
+        active, silence = [job for job, status in self._statuses.items() if not status.terminal], ""
         if active:
             try:
                 self._statuses |= self._look(active)
-                self._silence = ""
             except SchedulerError as error:
-                self._silence = str(error)
+                silence = str(error)
+        self._silence = silence
         return [self._statuses[str(job)] for job in job_ids]
 
     def cancel(self, job_ids: Sequence[object]) -> list[bool]:
@@ -246,8 +246,9 @@ class StepBlocks(Blocks):
         with output.open("ab") as log:
             words = [*LEASH, *self._words(nodes), "bash", str(script)]
             step = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-        self._steps[str(step.pid)] = place, step
-        return str(step.pid)
+        number = str(len(self._steps) + 1)
+        self._steps[number] = place, step
+        return number
 
     def _words(self, nodes: Sequence[str]) -> list[str]:
         used = nodes if self._slurm.workers == "node" else nodes[:1]
@@ -279,14 +280,21 @@ def handle_fruitless_blocks(executor: BlockProviderExecutor, statuses: Mapping[s
     """
     provider = executor.provider
     assert isinstance(provider, Blocks)
-    submitted = sorted((block for block in statuses if block in executor.blocks_to_job_id), key=int)
-    ended = [statuses[block] for block in submitted if statuses[block].terminal]
-    counted = [status for status in ended if status.state is not JobState.SCALED_IN]
-    fruitless = list(takewhile(lambda status: status.state is JobState.MISSING, reversed(counted)))
+    fruitless = _fruitless(executor, statuses)
     provider.note_fruitless(fruitless[0].message or "" if fruitless else "")
     if len(fruitless) >= FRUITLESS_BLOCKS:
         words = f"no worker of {len(fruitless)} blocks in a row has called; the last one: {fruitless[0].message}"
         executor.set_bad_state_and_fail_all(TooManyJobFailuresError(words))
+
+
+def _fruitless(executor: BlockProviderExecutor, statuses: Mapping[str, JobStatus]) -> list[JobStatus]:
+    """The newest blocks that ended before any of their workers had called; none once one of a later block has."""
+    if all(status.state is not JobState.MISSING for status in statuses.values()):
+        return []
+    called: list[str] = executor.connected_blocks()  # type: ignore[attr-defined]  # HighThroughputExecutor's
+    submitted = sorted((block for block in statuses if block in executor.blocks_to_job_id), key=int, reverse=True)
+    in_vain = takewhile(lambda block: block not in called, submitted)
+    return [statuses[block] for block in in_vain if statuses[block].state is JobState.MISSING]
 
 
 def _start(command: str, slurm: Slurm) -> list[str]:

@@ -102,17 +102,28 @@ def test_block_ends_in_good_order_before_its_time_is_over(cluster: Cluster, tmp_
 
 
 def test_pool_is_given_up_when_its_blocks_run_in_vain_again_and_again(tmp_path: Path) -> None:
-    blocks, given_up = blocks_of(tmp_path, max_blocks=2), list[Exception]()
-    ids = {str(n): str(n) for n in range(100)}
+    blocks, given_up, called = blocks_of(tmp_path, max_blocks=2), list[Exception](), list[str]()
     executor: Any = SimpleNamespace(
-        provider=blocks, blocks_to_job_id=ids, set_bad_state_and_fail_all=lambda error: given_up.append(error)
+        provider=blocks,
+        blocks_to_job_id={str(n): str(n) for n in range(100)},
+        connected_blocks=lambda: called,
+        set_bad_state_and_fail_all=given_up.append,
     )
+
+    def handle(*history: JobStatus) -> None:
+        statuses = {str(n): status for n, status in enumerate(history)}
+        called[:] = [n for n, status in statuses.items() if status in (good, running)]
+        handle_fruitless_blocks(executor, statuses | {"refused": JobStatus(JobState.FAILED)})
+
     vain = [JobStatus(JobState.MISSING, f"job {n} ended as FAILED: no such module") for n in range(FRUITLESS_BLOCKS)]
-    good, cancelled, refused = (JobStatus(s) for s in (JobState.COMPLETED, JobState.SCALED_IN, JobState.FAILED))
-    for history in ([*vain, good], [*vain[1:], cancelled], [*vain[2:], good, vain[0], cancelled]):
-        handle_fruitless_blocks(executor, dict(zip(ids, history, strict=False)) | {"refused": refused})
-    assert not given_up
+    good, running, pending = (JobStatus(s) for s in (JobState.COMPLETED, JobState.RUNNING, JobState.PENDING))
+    cancelled = JobStatus(JobState.SCALED_IN)
+    handle(*vain[1:], cancelled, pending)
     assert blocks.max_blocks == 0
-    assert blocks.waits() == "no worker has called: job 0 ended as FAILED: no such module"
-    handle_fruitless_blocks(executor, dict(zip(ids, [good, *vain, cancelled], strict=False)))
+    assert blocks.waits() == "no worker has called: job 4 ended as FAILED: no such module"
+    handle(*vain, good)
+    assert blocks.waits() == ""
+    handle(*vain, cancelled, running)
+    assert (blocks.waits(), blocks.max_blocks, given_up) == ("", 2, [])
+    handle(good, *vain, cancelled)
     assert "no worker of 5 blocks in a row has called; the last one: job 4 ended" in str(given_up[0])
