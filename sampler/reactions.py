@@ -7,7 +7,7 @@ walkers that start from it find the rest.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -28,23 +28,13 @@ IDPP_STEPS = 200
 BEND_A = 0.1
 
 
+@dataclass(frozen=True)
 class Reaction:
     """An isomerisation: one molecule on each side, every atom of it, hydrogen included, with the same map number."""
 
-    def __init__(self, smiles: str, molecule: Molecule, sides: tuple[Any, Any]) -> None:
-        self.smiles = smiles
-        self.molecule = molecule  # the left side
-        self._sides = sides
-
-    def ends(self, stream: np.random.Generator) -> tuple[NDArray[np.int64], Floats, Floats]:
-        """Numbers (n_atoms,) and the positions (n_atoms, 3), A, of both sides in the same order, laid on each other.
-
-        Raises:
-            EmbeddingError
-        """
-        atoms = [_in_order(relaxed(side, self.smiles, stream)) for side in self._sides]
-        minimize_rotation_and_translation(atoms[0], atoms[1])
-        return atoms[0].numbers, atoms[0].positions, atoms[1].positions
+    smiles: str
+    molecule: Molecule  # the left side
+    sides: tuple[Any, Any]  # RDKit's molecules
 
 
 def parse_reaction(smiles: str) -> Reaction:
@@ -72,7 +62,9 @@ def path_point(reaction: Reaction, stream: np.random.Generator) -> tuple[NDArray
     Raises:
         EmbeddingError
     """
-    numbers, start, end = reaction.ends(stream)
+    first, last = (_in_order(relaxed(side, reaction.smiles, stream)) for side in reaction.sides)
+    minimize_rotation_and_translation(first, last)
+    numbers, start, end = first.numbers, first.positions, last.positions
     images = [Atoms(numbers, start) for _ in range(N_IMAGES - 1)] + [Atoms(numbers, end)]
     bend = BEND_A * stream.standard_normal(start.shape)
     for index, image in enumerate(images):
@@ -112,6 +104,6 @@ def _unmapped(mol: Any) -> str:
 
 def _in_order(mol: Any) -> Atoms:
     """By map number."""
-    order: Sequence[int] = np.argsort([atom.GetAtomMapNum() for atom in mol.GetAtoms()]).tolist()
+    order = np.argsort([atom.GetAtomMapNum() for atom in mol.GetAtoms()])
     numbers = np.array([atom.GetAtomicNum() for atom in mol.GetAtoms()])
     return Atoms(numbers[order], np.array(mol.GetConformer().GetPositions())[order])
