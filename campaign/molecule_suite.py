@@ -98,7 +98,7 @@ def _conformers(molecule: Molecule, stream: np.random.Generator) -> Probe | None
     frames: list[Frame] = []
     for _ in range(4 * N_CONFORMERS):
         frame = _frame(molecule, conformer(molecule, stream))
-        if all(np.abs(_distances(frame) - _distances(other)).max() > SAME_CONFORMER_A for other in frames):
+        if all(np.abs(_shape(frame) - _shape(other)).max() > SAME_CONFORMER_A for other in frames):
             frames.append(frame)
     frames = frames[:N_CONFORMERS]
     if len(frames) < 2:
@@ -190,8 +190,12 @@ def _relative(n_frames: int, reference: int) -> Floats:
     return np.delete(weights, reference, axis=0)
 
 
-def _distances(frame: Frame) -> Floats:
-    return np.asarray(np.linalg.norm(frame.positions[:, None] - frame.positions, axis=2))
+def _shape(frame: Frame) -> Floats:
+    """All distances, sorted for each pair of elements: equal for mirror images and for equal atoms exchanged."""
+    first, second = np.triu_indices(frame.n_atoms, 1)
+    distances = np.linalg.norm(frame.positions[first] - frame.positions[second], axis=1)
+    order = np.lexsort((distances, frame.numbers[first] * frame.numbers[second]))
+    return np.asarray(distances[order])
 
 
 def _frame(molecule: Molecule, mol: Any) -> Frame:
