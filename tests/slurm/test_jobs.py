@@ -7,72 +7,25 @@ cancelled. What the campaign has left is trained on and sampled from by hand.
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
-from conftest import CPU, FAST, MPIRUN, TWO_NODES, Cluster, write_site
-from small_campaign import EMT, SLOW, Campaign
+from conftest import CPU, Cluster
+from job_story import Story, story_of
+from small_campaign import SLOW
 
 from campaign.scheduler import Block, blocks_of
-
-SCRIPTS = Path(__file__).parents[2] / "slurm"
-SMELT = f"#!{sys.executable}\nfrom campaign.cli import main\nmain()\n"
-
-
-@dataclass
-class Story:
-    cluster: Cluster
-    folder: Path
-    site: Path
-    campaign: Campaign
-
-    def submit(self, script: str, options: list[str], arguments: list[str]) -> str:
-        """The number of the job, which writes to the file `script` in the folder."""
-        output = [f"--output={self.folder / script}", f"--error={self.folder / 'errors'}"]
-        options = ["--parsable", *output, f"--chdir={self.folder}", *options]
-        return self.cluster.run("sbatch", *options, str(SCRIPTS / script), *arguments)
-
-    def end(self, job: str, seconds: float, meanwhile: Callable[[], None] = lambda: None) -> str:
-        """What it ended as."""
-        self.cluster.wait(lambda: meanwhile() or job not in self.cluster.jobs(), seconds)
-        return self.cluster.state(job)
-
-    def error(self) -> str:
-        return (self.folder / "errors").read_text()
-
-    def said(self, script: str) -> str:
-        path = self.folder / script
-        return path.read_text() if path.exists() else ""
-
-    def status(self) -> dict[str, Any]:
-        text = self.cluster.run(str(self.folder / "env/bin/smelt"), "status", "--json", str(self.campaign.run_dir))
-        summary: dict[str, Any] = json.loads(text)
-        return summary
-
-
-def story_of(cluster: Cluster, folder: Path, patch: pytest.MonkeyPatch, config: str, **tables: Any) -> Story:
-    smelt = folder / "env" / "bin" / "smelt"
-    smelt.parent.mkdir(parents=True)
-    smelt.write_text(SMELT)
-    smelt.chmod(0o755)
-    site = write_site(folder / "site.toml", **tables)
-    story = Story(cluster, folder, site, Campaign(folder, site, config))
-    for name, value in (story.campaign.environment | {"SMELT_ENV": str(folder / "env")}).items():
-        patch.setenv(name, value)
-    patch.setenv("SMELT_HOME", str(SCRIPTS.parent))
-    return story
 
 
 @pytest.fixture(scope="module")
 def story(running_cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
-    # The driver takes a core of a node, so that walkers cannot have a whole one.
-    sample = {"slurm": CPU | {"exclusive": False}}
+    # The driver takes a core of a node, so that walkers cannot have a whole one. Lost nodes are noticed sooner.
+    tables = {
+        "sample": {"slurm": CPU | {"exclusive": False}},
+        "label": {"slots": 2, "slurm": CPU | {"silence_s": 5}},
+    }
     with pytest.MonkeyPatch.context() as patch:
-        yield story_of(running_cluster, tmp_path_factory.mktemp("jobs"), patch, SLOW, sample=sample)
+        yield story_of(running_cluster, tmp_path_factory.mktemp("jobs"), patch, SLOW, **tables)
     running_cluster.script("reset")
 
 
@@ -160,26 +113,3 @@ def test_walkers_run_by_hand(story: Story) -> None:
     job = story.submit("sample.sbatch", ["--cpus-per-task=1"], arguments)
     assert story.end(job, 60) == "COMPLETED", story.error()
     assert json.loads(story.said("sample.sbatch"))["facts"]["walkers"] >= 2
-
-
-def test_campaign_runs_inside_of_one_job(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Driver and all stages on the four nodes of a job, each stage on nodes of its own."""
-    pools = {
-        "sample": {"slurm": FAST},
-        "label": {"slots": 2, "slurm": FAST},
-        "train": {"launcher": MPIRUN, "slurm": FAST | TWO_NODES},
-    }
-    told = story_of(cluster, tmp_path, monkeypatch, EMT, allocation=True, **pools)
-    job = told.submit("allocation.sbatch", [], told.campaign.arguments)
-    steps: dict[str, str] = {}
-
-    def look() -> None:
-        told.campaign.look_for_ranks()
-        if len(steps) < 3 and told.campaign.nodes_of_ranks:
-            steps.update({row["pool"]: row["job"] for row in told.status()["blocks"]})
-
-    assert told.end(job, 300, look) == "COMPLETED", told.error()
-    told.campaign.check_labels(20)
-    told.campaign.check_nodes()
-    assert set(steps) == {"sample", "label", "train"}
-    assert {step.partition(".")[0] for step in steps.values()} == {job}
