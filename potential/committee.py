@@ -14,8 +14,8 @@ import torch
 
 from potential.aev import AEVParameters
 from potential.config import PotentialSettings
-from potential.kernels import aev_forward, aev_vjp, networks, pair_sums
-from potential.neighbours import Neighbours, find_neighbours, pair_vectors, pairs_of_frames
+from potential.kernels import Stack, evaluate
+from potential.neighbours import Neighbours, find_neighbours
 from potential.structures import Structures
 
 if TYPE_CHECKING:
@@ -155,12 +155,6 @@ class Committee(torch.nn.Module):
         parts = [network(rows) for network, rows in self._by_element(aev, species)]
         return self._in_order(parts, species)
 
-    def total_energies(self, atomic: torch.Tensor, structures: Structures) -> torch.Tensor:
-        """(M, B), eV, float64: atomic energies (M, N) summed over each structure, with self energies."""
-        atomic = atomic.double() + self.self_energies.to(atomic.device)[structures.species]
-        total = atomic.new_zeros(len(atomic), structures.n_frames)
-        return total.index_add(1, structures.frame_of_atom, atomic)
-
     @torch.no_grad()
     def evaluate(
         self,
@@ -177,25 +171,21 @@ class Committee(torch.nn.Module):
         """
         if neighbours is None:
             neighbours = find_neighbours(structures, self.cutoff_A)
-        vec = pair_vectors(structures, neighbours, self.dtype)
-        species_other = structures.species.index_select(0, neighbours.other)
-        aev = aev_forward(vec, neighbours.row, species_other, self.aev)
         # Without the members' forces one gradient will do, that of the mean energy.
         n_gradients = self.n_members if forces == "members" else int(forces == "mean" or stress)
-        atomic, gradient = self._networks(aev, structures.species, n_gradients)
-        energies = self.total_energies(atomic, structures)
-        if not n_gradients:
-            return Evaluation(structures.n_atoms, energies)
-        pair = aev_vjp(vec, neighbours.row, species_other, gradient, self.aev)
-        by_atom = None if forces == "none" else pair_sums(pair, neighbours.row, neighbours.other)
-        strained = _stress(_virials(pair, vec, structures, neighbours), structures) if stress else None
+        stacks = [Stack(list(network.weights), list(network.biases)) for network in self._stacks()]
+        pairs = neighbours.row, neighbours.other, neighbours.shift
+        energies, by_atom, stresses = evaluate(
+            structures, *pairs, self.aev, stacks, self.self_energies, CELU_ALPHA, n_gradients, stress
+        )
+        stresses = None if stresses is None else stresses.to(by_atom.dtype)
         return Evaluation(
             n_atoms=structures.n_atoms,
             energy_members=energies,
-            forces_mean=None if by_atom is None else by_atom.mean(0),
+            forces_mean=None if forces == "none" else by_atom.mean(0),
             forces_members=by_atom if forces == "members" else None,
-            stress=None if strained is None else strained.mean(0),
-            stress_members=strained if forces == "members" else None,
+            stress=None if stresses is None else stresses.mean(0),
+            stress_members=stresses if forces == "members" else None,
         )
 
     def calculator(self, dtype: str = "float64", skin_A: float = 1.0) -> CommitteeCalculator:
@@ -204,17 +194,6 @@ class Committee(torch.nn.Module):
         from potential.calculator import CommitteeCalculator
 
         return CommitteeCalculator(self, dtype=dtype, skin_A=skin_A)
-
-    def _networks(
-        self, aev: torch.Tensor, species: torch.Tensor, n_gradients: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Atomic energies (M, N), and dE/dAEV (M, N, L) of all members, (1, N, L) of their mean, or (0, N, L)."""
-        energies = aev.new_empty(self.n_members, len(aev))
-        gradient = aev.new_empty(n_gradients, *aev.shape)
-        for element, stack in enumerate(self._stacks()):
-            atoms = (species == element).nonzero().squeeze(1)
-            networks(aev, atoms, list(stack.weights), list(stack.biases), CELU_ALPHA, energies, gradient)
-        return energies, gradient
 
     def _by_element(self, aev: torch.Tensor, species: torch.Tensor) -> Iterator[tuple[_Network, torch.Tensor]]:
         """Each element's networks with the AEVs of its atoms."""
@@ -238,19 +217,3 @@ class Committee(torch.nn.Module):
 def _deviation(members: torch.Tensor) -> torch.Tensor:
     """Population standard deviation over the first axis; several times faster than torch.std there."""
     return (members - members.mean(0)).square_().mean(0).sqrt_()
-
-
-def _virials(pair: torch.Tensor, vec: torch.Tensor, structures: Structures, neighbours: Neighbours) -> torch.Tensor:
-    """(M, B, 3, 3), eV, symmetric: dE/dstrain = sum over pairs of vec (x) dE/dvec, from pair forces (M, E, 3)."""
-    ends = pairs_of_frames(structures, neighbours)
-    virial = torch.stack(
-        [torch.matmul(vec[low:high].T, pair[:, low:high]) for low, high in itertools.pairwise(ends)],
-        dim=1,
-    )
-    return (virial + virial.transpose(2, 3)) / 2
-
-
-def _stress(virial: torch.Tensor, structures: Structures) -> torch.Tensor:
-    """(M, B, 3, 3), eV/A^3; not a number where the cell has no volume."""
-    volume = structures.volume.to(virial.dtype)
-    return virial / torch.where(volume > 0, volume, torch.nan)[:, None, None]

@@ -14,7 +14,6 @@ __all__ = [
     "SkinList",
     "find_neighbours",
     "pair_vectors",
-    "pairs_of_frames",
     "shortest_distances",
 ]
 
@@ -51,12 +50,6 @@ def pair_vectors(structures: Structures, neighbours: Neighbours, dtype: torch.dt
 def shortest_distances(structures: Structures, neighbours: Neighbours) -> torch.Tensor:
     """(B,), A, float64: shortest listed distance in each frame, infinite where there is none."""
     return kernels.shortest_distances(structures, neighbours.row, neighbours.other, neighbours.shift)
-
-
-def pairs_of_frames(structures: Structures, neighbours: Neighbours) -> list[int]:
-    """B + 1 numbers: the pairs of frame b are those from ends[b] to ends[b + 1]."""
-    ends: list[int] = neighbours.row[structures.first_atom].tolist()
-    return ends
 
 
 class SkinList:

@@ -18,20 +18,22 @@ import torch
 from potential.aev import AEVParameters
 from potential.kernels import reference
 from potential.kernels.motion import Moving
+from potential.kernels.reference import Stack
 from potential.structures import Structures
 
 __all__ = [
     "Moving",
+    "Stack",
     "aev_forward",
     "aev_jvp",
     "aev_vjp",
     "drift",
+    "evaluate",
     "find_pairs",
     "have_moved",
     "implementation",
     "kick",
     "native_available",
-    "networks",
     "normals",
     "pair_differences",
     "pair_sums",
@@ -130,22 +132,29 @@ def aev_jvp(
     return product
 
 
-def networks(
-    aev: torch.Tensor,
-    atoms: torch.Tensor,
-    weights: Sequence[torch.Tensor],
-    biases: Sequence[torch.Tensor],
+def evaluate(
+    structures: Structures,
+    row: torch.Tensor,
+    other: torch.Tensor,
+    shift: torch.Tensor,
+    p: AEVParameters,
+    stacks: Sequence[Stack],
+    self_energies: torch.Tensor,
     celu_alpha: float,
-    energies: torch.Tensor,
-    gradient: torch.Tensor,
-) -> None:
-    """Write the energies of `atoms` by all members to `energies`, and dE/dAEV of each or of their mean to `gradient`.
+    n_gradients: int,
+    stress: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Energies (M, B), eV, float64; forces (G, N, 3), eV/A; stress (G, B, 3, 3), eV/A^3, float64, or None.
 
-    aev: (N, L); atoms: (n,), those of one element; weights, biases: per layer (M, out, in) and (M, out), the last with
-    one output; energies: (M, N); gradient: (M, N, L), (1, N, L) for the mean, or (0, N, L) for none. Rows of other
-    atoms are left as they are.
+    stacks: one per element. self_energies: (n_elements,), eV, float64. n_gradients, G: the number of members, 1 for the
+    mean of theirs, or 0. Pairs beyond the cutoffs may be in the list. Forces are in the dtype of the networks. Stress
+    is symmetric, and not a number where the cell has no volume.
     """
-    _kernels(aev).networks(aev, atoms, weights, biases, celu_alpha, energies, gradient)
+    found: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+    found = _kernels(structures.positions).evaluate(
+        structures, row, other, shift, p, stacks, self_energies, celu_alpha, n_gradients, stress
+    )
+    return found
 
 
 def pair_sums(pair: torch.Tensor, row: torch.Tensor, other: torch.Tensor) -> torch.Tensor:

@@ -54,16 +54,28 @@ template <class T> struct Neighbours {
 
 struct Segment { int j, k, n, at; };                  // pairs (j, k..k+n) at `at` in the chunk
 
+// What an atom sees: vectors (n, 3) and species (n,).
+template <class T> struct Edges {
+    const T* vec;
+    const int64_t* species;
+    int n;
+};
+
+// One array for each cotangent or tangent.
+template <class T> struct Items {
+    T* first;
+    int64_t step;
+    T* operator[](int item) const { return first + item * step; }
+};
+
 template <class T> class Worker {
     using S = Simd<T>;
     using V = typename S::V;
     static constexpr int W = S::W;
     static constexpr int RESULT = CHUNK + 2 * W;      // a result per pair, with a vector of slack at both ends
 
-    const AevJob& job;
     const AevShape& shape;
-    const T* vec;
-    int n_species, n_radial, n_a, n_z, a_pad, z_pad, n_items, length;
+    const int n_species, n_radial, n_a, n_z, a_pad, z_pad, n_items;
     T radial_rate, angular_rate;                      // -eta log2(e)
     T *radial_shift, *angular_shift, *half_cos, *half_sin;
     Neighbours<T> radial, angular;
@@ -76,23 +88,25 @@ template <class T> class Worker {
     T *coefficients, *per_slot, *scratch;
 
 public:
-    Worker(const AevJob& job, Arena& arena) : job(job), shape(*job.shape), vec(static_cast<const T*>(job.vec)) {
-        n_species = int(shape.n_species), n_radial = int(shape.n_radial);
-        n_a = int(shape.n_angular_radial), n_z = int(shape.n_angular), n_items = int(job.n_items);
-        a_pad = round_up(n_a, BLOCK), z_pad = round_up(n_z, BLOCK);
-        length = n_species * n_radial + n_species * (n_species + 1) / 2 * n_a * n_z;
+    const int length;
+
+    Worker(const AevShape& shape, int64_t n_items, int64_t longest_row, Arena& arena)
+        : shape(shape), n_species(int(shape.n_species)), n_radial(int(shape.n_radial)),
+          n_a(int(shape.n_angular_radial)), n_z(int(shape.n_angular)), a_pad(round_up(n_a, BLOCK)),
+          z_pad(round_up(n_z, BLOCK)), n_items(int(n_items)),
+          length(n_species * n_radial + n_species * (n_species + 1) / 2 * n_a * n_z) {
         radial_rate = T(-shape.eta_radial * LOG2_E), angular_rate = T(-shape.eta_angular * LOG2_E);
-        allocate(arena);
+        allocate(arena, int(longest_row));
         if (arena.base) fill_constants();
     }
 
-    void forward(int64_t atom);
-    void vjp(int64_t atom);
-    void jvp(int64_t atom);
+    void forward(const Edges<T>& edges, T* out);
+    void vjp(const Edges<T>& edges, Items<const T> cotangent, Items<T> out);
+    void jvp(const Edges<T>& edges, Items<const T> tangent, Items<T> out);
 
 private:
-    void allocate(Arena& arena) {
-        int edges = int(job.longest_row), present = int(lesser(n_species, edges));
+    void allocate(Arena& arena, int edges) {
+        const int present = int(lesser(n_species, edges));
         int radial_pad = round_up(n_radial, BLOCK);
         slots_max = edges + (present + 2) * W;
         radial_shift = arena.take<T>(radial_pad), angular_shift = arena.take<T>(a_pad);
@@ -118,6 +132,8 @@ private:
         for (int a = 0; a < a_pad; ++a) angular_shift[a] = a < n_a ? T(shape.angular_shifts[a]) : 0;
         for (int z = 0; z < z_pad; ++z) half_cos[z] = z < n_z ? T(0.5 * shape.angle_cos[z]) : 0;
         for (int z = 0; z < z_pad; ++z) half_sin[z] = z < n_z ? T(0.5 * shape.angle_sin[z]) : 0;
+        for (T* a : {R, dR, U}) memset(a + n_a * CHUNK, 0, sizeof(T) * (a_pad - n_a) * CHUNK);
+        for (T* z : {Z, dZ, dU}) memset(z + n_z * CHUNK, 0, sizeof(T) * (z_pad - n_z) * CHUNK);
     }
 
     // Offset of the angular block of species i <= j: rows of the upper triangle, one after the other.
@@ -128,7 +144,7 @@ private:
     // Quantity q of every neighbour for one cotangent or tangent.
     T* slot_array(int item, int q) const { return per_slot + (8 * item + q) * slots_max; }
 
-    void find(Neighbours<T>& list, int64_t atom, T cutoff);
+    void find(Neighbours<T>& list, const Edges<T>& edges, T cutoff);
     void measure(Neighbours<T>& list, T cutoff);
     template <class Fill, class Flush> INLINE void for_each_chunk(int first, int second, Fill fill, Flush flush);
     INLINE void pair_geometry(int j, int k, int n, int at);
@@ -139,24 +155,22 @@ private:
     template <bool SECOND> void outer(int n, const T* left, const T* right, const T* left2, const T* right2, V* sum);
     void store_sums(const V* sum, T* out);
     void radial_forward(T* out);
-    template <int M> void radial_vjp(int64_t atom, int item);
-    template <int M> void radial_jvp(int64_t atom, int item);
+    template <int M> void radial_vjp(Items<const T> cotangent, Items<T> out, int item);
+    template <int M> void radial_jvp(Items<T> out, int item);
     void contract(int n, const T* g);
     void scatter(int item);
-    void store_gradients(int64_t atom, int item);
-    void load_tangents(const Neighbours<T>& list, int64_t atom, int item);
+    void store_gradients(T* out, int item);
+    void load_tangents(const Neighbours<T>& list, const T* tangent, int item);
 };
 
 // ---- neighbours ----------------------------------------------------------------------------------------------------
 
 // Edges of the row shorter than the cutoff, by counting sort over species.
-template <class T> void Worker<T>::find(Neighbours<T>& list, int64_t atom, T cutoff) {
-    const int64_t first = job.row[atom];
-    const int n_edges = int(job.row[atom + 1] - first);
-    const T* v = vec + 3 * first;
-    const int64_t* species = job.species + first;
+template <class T> void Worker<T>::find(Neighbours<T>& list, const Edges<T>& edges, T cutoff) {
+    const T* v = edges.vec;
+    const int64_t* species = edges.species;
     int n_near = 0;
-    for (int e = 0; e < n_edges; ++e) {
+    for (int e = 0; e < edges.n; ++e) {
         near[n_near] = e;
         n_near += v[3 * e] * v[3 * e] + v[3 * e + 1] * v[3 * e + 1] + v[3 * e + 2] * v[3 * e + 2] < cutoff * cutoff;
     }
@@ -212,14 +226,12 @@ template <class T> void Worker<T>::radial_forward(T* out) {
     }
 }
 
-// M cotangents from `item` on: dE/dr of each neighbour, then its direction, written to the rows of the output.
-template <class T> template <int M> void Worker<T>::radial_vjp(int64_t atom, int item) {
-    const T* cotangent = static_cast<const T*>(job.in);
+// M cotangents from `item` on: dE/dr of each neighbour, then its direction, written to the output.
+template <class T> template <int M> void Worker<T>::radial_vjp(Items<const T> cotangent, Items<T> out, int item) {
     for (int g = 0; g < radial.n_present; ++g) {
         for (int k = 0; k < n_radial; ++k) {
             for (int m = 0; m < M; ++m) {
-                const T* row = cotangent + ((item + m) * job.n_atoms + atom) * length + radial.species[g] * n_radial;
-                coefficients[k * M + m] = T(0.25) * row[k];
+                coefficients[k * M + m] = T(0.25) * cotangent[item + m][radial.species[g] * n_radial + k];
             }
         }
         for (int i = radial.begin[g]; i < radial.end[g]; i += W) {
@@ -236,19 +248,17 @@ template <class T> template <int M> void Worker<T>::radial_vjp(int64_t atom, int
         }
     }
     for (int m = 0; m < M; ++m) {
-        T* out = static_cast<T*>(job.out) + 3 * ((item + m) * job.n_edges + job.row[atom]);
         const T* dr = slot_array(m, 0);
         for (int g = 0; g < radial.n_present; ++g) {
             for (int i = radial.begin[g]; i < radial.end[g]; ++i) {
-                T* gradient = out + 3 * radial.edge[i];
+                T* gradient = out[item + m] + 3 * radial.edge[i];
                 gradient[0] = dr[i] * radial.x[i], gradient[1] = dr[i] * radial.y[i], gradient[2] = dr[i] * radial.z[i];
             }
         }
     }
 }
 
-template <class T> template <int M> void Worker<T>::radial_jvp(int64_t atom, int item) {
-    T* out = static_cast<T*>(job.out);
+template <class T> template <int M> void Worker<T>::radial_jvp(Items<T> out, int item) {
     for (int g = 0; g < radial.n_present; ++g) {
         for (int k = 0; k < n_radial; ++k) {
             V total[round_up(M, 4)] = {};
@@ -260,10 +270,7 @@ template <class T> template <int M> void Worker<T>::radial_jvp(int64_t atom, int
             }
             T values[round_up(M, 4)];
             for (int m = 0; m < M; m += 4) S::sum4(*reinterpret_cast<V(*)[4]>(total + m), values + m);
-            for (int m = 0; m < M; ++m) {
-                T* row = out + ((item + m) * job.n_atoms + atom) * length + radial.species[g] * n_radial;
-                row[k] = T(0.25) * values[m];
-            }
+            for (int m = 0; m < M; ++m) out[item + m][radial.species[g] * n_radial + k] = T(0.25) * values[m];
         }
     }
 }
@@ -416,8 +423,8 @@ template <class T> void Worker<T>::scatter(int item) {
     }
 }
 
-// dE/dvec = dE/dr u + (t - (u.t) u) / r with t = dE/du, added to the rows of the output.
-template <class T> void Worker<T>::store_gradients(int64_t atom, int item) {
+// dE/dvec = dE/dr u + (t - (u.t) u) / r with t = dE/du, added to the output.
+template <class T> void Worker<T>::store_gradients(T* out, int item) {
     const Neighbours<T>& a = angular;
     auto slots = [&](int q, int i) { return S::load(slot_array(item, q) + i) + S::load(slot_array(item, 4 + q) + i); };
     T *gx = scratch, *gy = gx + slots_max, *gz = gy + slots_max;
@@ -429,7 +436,6 @@ template <class T> void Worker<T>::store_gradients(int64_t atom, int item) {
         S::store(gy + i, along * y + ty * inverse);
         S::store(gz + i, along * z + tz * inverse);
     }
-    T* out = static_cast<T*>(job.out) + 3 * (item * job.n_edges + job.row[atom]);
     for (int g = 0; g < a.n_present; ++g) {
         for (int i = a.begin[g]; i < a.end[g]; ++i) {
             T* gradient = out + 3 * a.edge[i];
@@ -441,8 +447,7 @@ template <class T> void Worker<T>::store_gradients(int64_t atom, int item) {
 // ---- derivative along tangents -------------------------------------------------------------------------------------
 
 // per_slot = (dr, du (3)) of each neighbour along the tangent `item`, where dr = u.dv and du = (dv - u dr) / r.
-template <class T> void Worker<T>::load_tangents(const Neighbours<T>& list, int64_t atom, int item) {
-    const T* tangent = static_cast<const T*>(job.in) + 3 * (item * job.n_edges + job.row[atom]);
+template <class T> void Worker<T>::load_tangents(const Neighbours<T>& list, const T* tangent, int item) {
     T *vx = scratch, *vy = vx + slots_max, *vz = vy + slots_max;
     for (int g = 0; g < list.n_present; ++g) {
         for (int i = list.begin[g]; i < list.end[g]; ++i) {
@@ -500,12 +505,11 @@ template <class T> void Worker<T>::outer_tangents(int n) {
 
 // ---- one atom ------------------------------------------------------------------------------------------------------
 
-template <class T> void Worker<T>::forward(int64_t atom) {
-    T* out = static_cast<T*>(job.out) + atom * length;
+template <class T> void Worker<T>::forward(const Edges<T>& edges, T* out) {
     memset(out, 0, sizeof(T) * length);
-    find(radial, atom, T(shape.radial_cutoff));
+    find(radial, edges, T(shape.radial_cutoff));
     radial_forward(out);
-    find(angular, atom, T(shape.angular_cutoff));
+    find(angular, edges, T(shape.angular_cutoff));
     for (int first = 0; first < angular.n_present; ++first) {
         for (int second = first; second < angular.n_present; ++second) {
             memset(sums, 0, sizeof(V) * a_pad * z_pad);
@@ -517,24 +521,20 @@ template <class T> void Worker<T>::forward(int64_t atom) {
     }
 }
 
-template <class T> void Worker<T>::vjp(int64_t atom) {
-    const int64_t n_edges = job.row[atom + 1] - job.row[atom];
-    for (int m = 0; m < n_items; ++m) {
-        memset(static_cast<T*>(job.out) + 3 * (m * job.n_edges + job.row[atom]), 0, sizeof(T) * 3 * n_edges);
-    }
-    find(radial, atom, T(shape.radial_cutoff));
+template <class T> void Worker<T>::vjp(const Edges<T>& edges, Items<const T> cotangent, Items<T> out) {
+    for (int m = 0; m < n_items; ++m) memset(out[m], 0, sizeof(T) * 3 * edges.n);
+    find(radial, edges, T(shape.radial_cutoff));
     int item = 0;
-    for (; item + 8 <= n_items; item += 8) radial_vjp<8>(atom, item);
-    for (; item + 4 <= n_items; item += 4) radial_vjp<4>(atom, item);
-    for (; item < n_items; ++item) radial_vjp<1>(atom, item);
-    find(angular, atom, T(shape.angular_cutoff));
+    for (; item + 8 <= n_items; item += 8) radial_vjp<8>(cotangent, out, item);
+    for (; item + 4 <= n_items; item += 4) radial_vjp<4>(cotangent, out, item);
+    for (; item < n_items; ++item) radial_vjp<1>(cotangent, out, item);
+    find(angular, edges, T(shape.angular_cutoff));
     for (int i = 0; i < 8 * n_items; ++i) memset(slot_array(0, i), 0, sizeof(T) * angular.n_slots);
-    const T* cotangent = static_cast<const T*>(job.in);
     for (int first = 0; first < angular.n_present; ++first) {
         for (int second = first; second < angular.n_present; ++second) {
             const int block = angular_block(angular.species[first], angular.species[second]);
             for (int m = 0; m < n_items; ++m) {
-                const T* row = cotangent + (m * job.n_atoms + atom) * length + block;
+                const T* row = cotangent[m] + block;
                 for (int a = 0; a < n_a; ++a)
                     for (int z = 0; z < z_pad; ++z)
                         coefficients[(m * a_pad + a) * z_pad + z] = z < n_z ? row[a * n_z + z] : 0;
@@ -546,49 +546,134 @@ template <class T> void Worker<T>::vjp(int64_t atom) {
                 });
         }
     }
-    for (int m = 0; m < n_items; ++m) store_gradients(atom, m);
+    for (int m = 0; m < n_items; ++m) store_gradients(out[m], m);
 }
 
-template <class T> void Worker<T>::jvp(int64_t atom) {
-    T* out = static_cast<T*>(job.out);
-    for (int m = 0; m < n_items; ++m) memset(out + (m * job.n_atoms + atom) * length, 0, sizeof(T) * length);
-    find(radial, atom, T(shape.radial_cutoff));
-    for (int m = 0; m < n_items; ++m) load_tangents(radial, atom, m);
+template <class T> void Worker<T>::jvp(const Edges<T>& edges, Items<const T> tangent, Items<T> out) {
+    for (int m = 0; m < n_items; ++m) memset(out[m], 0, sizeof(T) * length);
+    find(radial, edges, T(shape.radial_cutoff));
+    for (int m = 0; m < n_items; ++m) load_tangents(radial, tangent[m], m);
     int item = 0;
-    for (; item + 8 <= n_items; item += 8) radial_jvp<8>(atom, item);
-    for (; item + 4 <= n_items; item += 4) radial_jvp<4>(atom, item);
-    for (; item < n_items; ++item) radial_jvp<1>(atom, item);
-    find(angular, atom, T(shape.angular_cutoff));
-    for (int m = 0; m < n_items; ++m) load_tangents(angular, atom, m);
+    for (; item + 8 <= n_items; item += 8) radial_jvp<8>(out, item);
+    for (; item + 4 <= n_items; item += 4) radial_jvp<4>(out, item);
+    for (; item < n_items; ++item) radial_jvp<1>(out, item);
+    find(angular, edges, T(shape.angular_cutoff));
+    for (int m = 0; m < n_items; ++m) load_tangents(angular, tangent[m], m);
     for (int first = 0; first < angular.n_present; ++first) {
         for (int second = first; second < angular.n_present; ++second) {
             memset(sums, 0, sizeof(V) * n_items * a_pad * z_pad);
             for_each_chunk(first, second,
                 [&](int j, int k, int n, int at) { pair_geometry(j, k, n, at), pair_tangents(j, k, n, at); },
                 [&](int n) { features<true>(n), outer_tangents(n); });
-            for (int m = 0; m < n_items; ++m) {
-                store_sums(sums + m * a_pad * z_pad, out + (m * job.n_atoms + atom) * length +
-                           angular_block(angular.species[first], angular.species[second]));
-            }
+            const int block = angular_block(angular.species[first], angular.species[second]);
+            for (int m = 0; m < n_items; ++m) store_sums(sums + m * a_pad * z_pad, out[m] + block);
         }
     }
 }
 
+// ---- many atoms ----------------------------------------------------------------------------------------------------
+
 template <class T> size_t workspace_bytes(const AevJob& job) {
     Arena arena{nullptr};
-    Worker<T> worker(job, arena);
+    Worker<T> worker(*job.shape, job.n_items, job.longest_row, arena);
     return arena.used;
 }
 
-template <class T, void (Worker<T>::*PRODUCT)(int64_t)>
-void run(const AevJob& job, int64_t begin, int64_t end, void* workspace) {
+enum Product { FORWARD, VJP, JVP };
+
+template <class T, Product PRODUCT> void run(const AevJob& job, int64_t begin, int64_t end, void* workspace) {
     Arena arena{static_cast<char*>(workspace)};
-    Worker<T> worker(job, arena);
-    for (int64_t atom = begin; atom < end; ++atom) (worker.*PRODUCT)(atom);
+    Worker<T> worker(*job.shape, job.n_items, job.longest_row, arena);
+    const T *vec = static_cast<const T*>(job.vec), *in = static_cast<const T*>(job.in);
+    T* out = static_cast<T*>(job.out);
+    const int64_t per_atom = job.n_atoms * worker.length, per_edge = 3 * job.n_edges;
+    for (int64_t atom = begin; atom < end; ++atom) {
+        const int64_t first = job.row[atom], at = atom * worker.length;
+        const Edges<T> edges{vec + 3 * first, job.species + first, int(job.row[atom + 1] - first)};
+        if (PRODUCT == FORWARD) worker.forward(edges, out + at);
+        if (PRODUCT == VJP) worker.vjp(edges, {in + at, per_atom}, {out + 3 * first, per_edge});
+        if (PRODUCT == JVP) worker.jvp(edges, {in + 3 * first, per_edge}, {out + at, per_atom});
+    }
 }
 
+// A worker with room for the edges of one atom, which it collects from a list of pairs.
+template <class T> struct Collector {
+    const AevBlock& block;
+    const PairList& list;
+    Arena arena;
+    Worker<T> worker;
+    T *vec, *gradient;
+    int64_t *species, *other;
+
+    Collector(const AevBlock& block, void* workspace)
+        : block(block), list(*block.list), arena{static_cast<char*>(workspace)},
+          worker(*block.shape, block.n_items, block.longest_row, arena) {
+        vec = arena.take<T>(3 * block.longest_row + 3), gradient = arena.take<T>(3 * block.n_items * block.longest_row);
+        species = arena.take<int64_t>(block.longest_row + 1), other = arena.take<int64_t>(block.longest_row + 1);
+    }
+
+    // Pairs within the larger cutoff.
+    Edges<T> collect(int64_t atom) {
+        const double *own = list.positions + 3 * atom, *cell = list.cells + 9 * list.frame[atom];
+        const AevShape& shape = *block.shape;
+        const double cutoff = shape.radial_cutoff > shape.angular_cutoff ? shape.radial_cutoff : shape.angular_cutoff;
+        int n = 0;
+        for (int64_t e = list.row[atom]; e < list.row[atom + 1]; ++e) {
+            const double* there = list.positions + 3 * list.other[e];
+            const int32_t* turn = list.shift + 3 * e;
+            T* v = vec + 3 * n;
+            for (int k = 0; k < 3; ++k) {
+                v[k] = T(there[k] - own[k] + (turn[0] * cell[k] + turn[1] * cell[3 + k] + turn[2] * cell[6 + k]));
+            }
+            other[n] = list.other[e];
+            n += v[0] * v[0] + v[1] * v[1] + v[2] * v[2] < T(cutoff * cutoff);
+        }
+        for (int i = 0; i < n; ++i) species[i] = list.species[other[i]];
+        return {vec, species, n};
+    }
+
+    void describe() {
+        for (int64_t r = 0; r < block.n_rows; ++r) {
+            worker.forward(collect(block.atoms[r]), static_cast<T*>(block.aev) + r * worker.length);
+        }
+    }
+
+    void pull() {
+        for (int64_t r = 0; r < block.n_rows; ++r) {
+            const Edges<T> edges = collect(block.atoms[r]);
+            const T* cotangent = static_cast<const T*>(block.cotangent) + r * worker.length;
+            worker.vjp(edges, {cotangent, block.n_rows * worker.length}, {gradient, 3 * block.longest_row});
+            for (int m = 0; m < block.n_items; ++m) add_forces(m, edges, block.atoms[r], *block.unit[r]);
+        }
+    }
+
+    void add_forces(int item, const Edges<T>& edges, int64_t atom, const AevUnit& unit) {
+        const T* g = gradient + 3 * item * block.longest_row;
+        T* forces = static_cast<T*>(unit.forces) + item * unit.step - 3 * unit.first_atom;
+        T total[3] = {};
+        for (int i = 0; i < edges.n; ++i) {
+            T* to = forces + 3 * other[i];
+            for (int k = 0; k < 3; ++k) total[k] += g[3 * i + k], to[k] -= g[3 * i + k];
+        }
+        for (int k = 0; k < 3; ++k) forces[3 * atom + k] += total[k];
+        if (unit.virial) add_virial(g, edges, unit.virial + 9 * item);
+    }
+
+    void add_virial(const T* g, const Edges<T>& edges, double* virial) {
+        T total[9] = {};
+        for (int i = 0; i < edges.n; ++i)
+            for (int k = 0; k < 3; ++k)
+                for (int l = 0; l < 3; ++l) total[3 * k + l] += edges.vec[3 * i + k] * g[3 * i + l];
+        for (int k = 0; k < 9; ++k) virial[k] += double(total[k]);
+    }
+};
+
+template <class T> size_t block_bytes(const AevBlock& block) { return Collector<T>(block, nullptr).arena.used; }
+template <class T> void describe(const AevBlock& block, void* workspace) { Collector<T>(block, workspace).describe(); }
+template <class T> void pull(const AevBlock& block, void* workspace) { Collector<T>(block, workspace).pull(); }
+
 template <class T> constexpr AevKernel kernel() {
-    return {workspace_bytes<T>, run<T, &Worker<T>::forward>, run<T, &Worker<T>::vjp>, run<T, &Worker<T>::jvp>};
+    return {workspace_bytes<T>, run<T, FORWARD>, run<T, VJP>, run<T, JVP>, block_bytes<T>, describe<T>, pull<T>};
 }
 
 }  // namespace

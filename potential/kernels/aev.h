@@ -21,10 +21,41 @@ struct AevJob {
     void* out;
 };
 
-// The three products for atoms [begin, end); `workspace` is 64-byte aligned and belongs to the caller's thread.
+// Pairs of atoms, sorted by centre: those of atom i are row[i] .. row[i + 1].
+struct PairList {
+    const int64_t *row, *other;
+    const int32_t* shift;          // (n_edges, 3), lattice vectors to add to the other atom
+    const int64_t *frame, *species; // (n_atoms,)
+    const double *positions, *cells; // (n_atoms, 3) and (n_frames, 3, 3)
+};
+
+// Atoms of one frame, and where what they do to that frame is added up.
+struct AevUnit {
+    int64_t frame, low, high;      // atoms [low, high)
+    int64_t first_atom, step;      // of the frame; numbers from one item's forces to the next
+    void* forces;                  // (n_items, n_atoms of the frame, 3)
+    double* virial;                // (n_items, 3, 3), or null
+};
+
+// Atoms of one element, of any units, that are worked on together.
+struct AevBlock {
+    const AevShape* shape;
+    const PairList* list;
+    int64_t n_items, longest_row, n_rows;
+    const int64_t* atoms;          // (n_rows,)
+    const AevUnit* const* unit;    // (n_rows,)
+    void* aev;                     // (n_rows, length)
+    const void* cotangent;         // (n_items, n_rows, length)
+};
+
+// The three products for atoms [begin, end), and for a block the AEVs and what the cotangents do to forces and virials;
+// `workspace` is 64-byte aligned and belongs to the caller's thread.
 struct AevKernel {
     size_t (*workspace_bytes)(const AevJob&);
     void (*forward)(const AevJob&, int64_t begin, int64_t end, void* workspace);
     void (*vjp)(const AevJob&, int64_t begin, int64_t end, void* workspace);
     void (*jvp)(const AevJob&, int64_t begin, int64_t end, void* workspace);
+    size_t (*block_bytes)(const AevBlock&);
+    void (*describe)(const AevBlock&, void* workspace);
+    void (*pull)(const AevBlock&, void* workspace);
 };

@@ -1,65 +1,15 @@
-// On which instruction set, with how many threads and in which floating-point mode do the kernels run?
+// On which instruction set do the kernels run, and how are single products called?
 //
 // Plain C entry points without any torch or Python header, so that ctypes, a torch.library wrapper and a LAMMPS pair
 // style can all call them. Atoms are independent, so the answer does not depend on the number of threads.
-#include <cstdlib>
-#include <new>
-
-#include "aev.h"
-#include "motion.h"
-#include "networks.h"
-#include "threads.h"
-#if defined(__SSE2__)
-#include <xmmintrin.h>
-#endif
-
-extern const AevKernel smelt_plain_aev[2];
-extern const NetworksKernel smelt_plain_networks[2];
-extern const MotionKernel smelt_plain_motion;
-#if defined(__x86_64__)
-extern const MotionKernel smelt_avx2_motion, smelt_avx512_motion;
-extern const AevKernel smelt_avx2_aev[2], smelt_avx512_aev[2];
-extern const NetworksKernel smelt_avx2_networks[2], smelt_avx512_networks[2];
-#endif
-
-namespace {
+#include "levels.h"
+#include "run.h"
 
 #define EXPORT __attribute__((visibility("default")))
 
+namespace {
+
 constexpr int64_t ATOMS_PER_TURN = 16;
-
-// Flush denormals to zero while it lives, in this thread only: products of far Gaussians are denormal, and a denormal
-// operand costs over 100 cycles.
-class FlushDenormals {
-#if defined(__SSE2__)
-    unsigned saved = _mm_getcsr();
-public:
-    FlushDenormals() { _mm_setcsr(saved | 0x8040); }
-    ~FlushDenormals() { _mm_setcsr(saved); }
-#elif defined(__aarch64__)
-    uint64_t saved;
-public:
-    FlushDenormals() {
-        asm volatile("mrs %0, fpcr" : "=r"(saved));
-        asm volatile("msr fpcr, %0" : : "r"(saved | (1ull << 24)));
-    }
-    ~FlushDenormals() { asm volatile("msr fpcr, %0" : : "r"(saved)); }
-#else
-public:
-    FlushDenormals() {}
-#endif
-};
-
-class Workspace {
-    void* memory;
-public:
-    explicit Workspace(size_t bytes) : memory(std::calloc(bytes + 64, 1)) {
-        if (!memory) throw std::bad_alloc();
-    }
-    ~Workspace() { std::free(memory); }
-    Workspace(const Workspace&) = delete;
-    void* aligned() const { return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(memory) + 63) / 64 * 64); }
-};
 
 int best_level() {
 #if defined(__x86_64__)
@@ -68,25 +18,6 @@ int best_level() {
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 1;
 #endif
     return 0;
-}
-
-#if defined(__x86_64__)
-const AevKernel* const AEV[] = {smelt_plain_aev, smelt_avx2_aev, smelt_avx512_aev};
-const NetworksKernel* const NETWORKS[] = {smelt_plain_networks, smelt_avx2_networks, smelt_avx512_networks};
-const MotionKernel* const MOTION[] = {&smelt_plain_motion, &smelt_avx2_motion, &smelt_avx512_motion};
-#else
-const AevKernel* const AEV[] = {smelt_plain_aev};
-const NetworksKernel* const NETWORKS[] = {smelt_plain_networks};
-const MotionKernel* const MOTION[] = {&smelt_plain_motion};
-#endif
-
-// turn(number, workspace) for all turns, on up to n_threads threads with a workspace each.
-template <class Turn> void run(int64_t n_turns, int n_threads, size_t workspace_bytes, Turn turn) {
-    share_out(n_turns, n_threads, [&](auto next) {
-        FlushDenormals flush;
-        Workspace workspace(workspace_bytes);
-        for (int64_t number; (number = next()) >= 0;) turn(number, workspace.aligned());
-    });
 }
 
 }  // namespace

@@ -12,7 +12,7 @@ import os
 import sysconfig
 from pathlib import Path
 
-__all__ = ["LEVELS", "AevShape", "Motion", "Networks", "available", "best_level", "level", "library"]
+__all__ = ["LEVELS", "AevShape", "Evaluate", "Motion", "Networks", "available", "best_level", "level", "library"]
 
 LIBRARY = Path(__file__).with_name(f"_aev{sysconfig.get_config_var('EXT_SUFFIX')}")
 LEVELS = ("plain", "avx2", "avx512")
@@ -41,6 +41,22 @@ class Networks(ctypes.Structure):
         ("celu_alpha", ctypes.c_double),
         *((name, ctypes.c_void_p) for name in ("atoms", "aev", "energies", "gradient")),
         ("mean", ctypes.c_int64),
+    )
+
+
+class Evaluate(ctypes.Structure):
+    """EvaluateJob of evaluate.cpp, with its PairList."""
+
+    _fields_ = (
+        ("shape", ctypes.POINTER(AevShape)),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("row", "other", "shift", "frame_of_atom", "species", "positions", "cells")
+        ),
+        *((name, ctypes.c_int64) for name in ("n_atoms", "n_frames", "n_items")),
+        ("first", ctypes.c_void_p),
+        ("networks", ctypes.POINTER(Networks)),
+        *((name, ctypes.c_void_p) for name in ("self_energies", "energy", "forces", "stress")),
     )
 
 
@@ -108,5 +124,6 @@ def library() -> ctypes.CDLL:
     loaded.smelt_kick.argtypes = [integer, ctypes.POINTER(Motion), ctypes.c_double]
     loaded.smelt_pairs.argtypes = [*[integer] * 3, *[long] * 3, *[pointer] * 4]
     loaded.smelt_networks.argtypes = [*[integer] * 3, ctypes.POINTER(Networks)]
+    loaded.smelt_evaluate.argtypes = [*[integer] * 3, ctypes.POINTER(Evaluate)]
     loaded.smelt_aev.argtypes = [*[integer] * 4, ctypes.POINTER(AevShape), *[long] * 3, *[pointer] * 5]
     return loaded

@@ -11,8 +11,9 @@ import torch
 
 from potential.aev import AEVParameters
 from potential.kernels.bins import FLAT_CELL, NOT_FINITE
-from potential.kernels.library import AevShape, Motion, Networks, available, level, library
+from potential.kernels.library import AevShape, Evaluate, Motion, Networks, available, level, library
 from potential.kernels.motion import Moving
+from potential.kernels.reference import Stack
 from potential.structures import Structures
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "aev_vjp",
     "available",
     "drift",
+    "evaluate",
     "find_pairs",
     "have_moved",
     "kick",
@@ -211,50 +213,95 @@ def aev_jvp(
     return out
 
 
+def evaluate(
+    structures: Structures,
+    row: torch.Tensor,
+    other: torch.Tensor,
+    shift: torch.Tensor,
+    p: AEVParameters,
+    stacks: Sequence[Stack],
+    self_energies: torch.Tensor,
+    celu_alpha: float,
+    n_gradients: int,
+    stress: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Energies (M, B), float64; forces (G, N, 3); stress (G, B, 3, 3), float64, or None."""
+    dtype, n_members = stacks[0].weights[0].dtype, stacks[0].weights[0].shape[0]
+    n_atoms, n_frames = structures.positions.shape[0], structures.n_frames
+    positions, cells = structures.positions.double().contiguous(), structures.cell.double().contiguous()
+    energy = positions.new_empty(n_members, n_frames)
+    forces = positions.new_empty(n_gradients, n_atoms, 3, dtype=dtype)
+    stresses = positions.new_empty(n_gradients, n_frames, 3, 3) if stress else None
+    self_energies = self_energies.double().contiguous()
+    _check("row", row, (n_atoms + 1,))
+    _check("shift", shift, (other.shape[0], 3))
+    job = Evaluate(
+        ctypes.pointer(_shape(p)),
+        *(t.data_ptr() for t in (row, other, shift, structures.frame_of_atom, structures.species, positions, cells)),
+        n_atoms,
+        n_frames,
+        n_gradients,
+        structures.first_atom.data_ptr(),
+        (Networks * len(stacks))(*(_networks(stack, p.length, dtype, celu_alpha) for stack in stacks)),
+        self_energies.data_ptr(),
+        energy.data_ptr(),
+        forces.data_ptr(),
+        None if stresses is None else stresses.data_ptr(),
+    )
+    if library().smelt_evaluate(level(), _is_double(forces), torch.get_num_threads(), ctypes.byref(job)):
+        raise MemoryError(f"no memory to evaluate {n_atoms} atoms, {n_members} members")
+    return energy, forces, stresses
+
+
 def networks(
     aev: torch.Tensor,
     atoms: torch.Tensor,
-    weights: Sequence[torch.Tensor],
-    biases: Sequence[torch.Tensor],
+    stack: Stack,
     celu_alpha: float,
     energies: torch.Tensor,
     gradient: torch.Tensor,
 ) -> None:
     """Write the energies of `atoms` by all members, and dE/dAEV or its mean over members, to the last two arguments.
 
-    aev: (N, L); atoms: (n,), int64, those of one element; weights, biases: per layer (M, out, in) and (M, out), the
-    last with one output; energies: (M, N); gradient: (M, N, L), (1, N, L) for the mean, or (0, N, L) for none. Rows of
-    other atoms are left as they are.
+    aev: (N, L); atoms: (n,), int64, those of one element; energies: (M, N); gradient: (M, N, L), (1, N, L) for the
+    mean, or (0, N, L) for none. Rows of other atoms are left as they are.
     """
-    n_members, n_atoms, length = weights[0].shape[0], *aev.shape
-    widths = (length, *(bias.shape[1] for bias in biases))
-    for layer, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
-        _check(f"weight {layer}", weight, (n_members, widths[layer + 1], widths[layer]))
-        _check(f"bias {layer}", bias, (n_members, widths[layer + 1]))
-    _check("energies", energies, (n_members, n_atoms))
+    n_members, n_atoms, length = stack.weights[0].shape[0], *aev.shape
     n_gradients = gradient.shape[0]
+    _check("energies", energies, (n_members, n_atoms))
     _check("gradient", gradient, (n_gradients if n_gradients in (0, 1) else n_members, n_atoms, length))
-    tensors = [aev, energies, gradient, *weights, *biases]
-    if widths[-1] != 1 or not all(t.is_contiguous() and t.dtype == aev.dtype for t in tensors):
-        raise ValueError(f"networks: one output, and all tensors contiguous and {aev.dtype}, as aev is")
+    if not all(t.is_contiguous() and t.dtype == aev.dtype for t in (aev, energies, gradient)):
+        raise ValueError(f"networks: all tensors must be contiguous and {aev.dtype}, as aev is")
     atoms = atoms.long().contiguous()
-    job = Networks(
-        n_members,
-        len(weights),
-        atoms.shape[0],
-        n_atoms,
-        (ctypes.c_int64 * len(widths))(*widths),
-        (ctypes.c_void_p * len(weights))(*(w.data_ptr() for w in weights)),
-        (ctypes.c_void_p * len(biases))(*(b.data_ptr() for b in biases)),
-        celu_alpha,
-        atoms.data_ptr(),
-        aev.data_ptr(),
-        energies.data_ptr(),
-        gradient.data_ptr() if n_gradients else None,
-        n_gradients == 1,
-    )
+    job = _networks(stack, length, aev.dtype, celu_alpha)
+    job.n_rows, job.n_atoms, job.mean = atoms.shape[0], n_atoms, n_gradients == 1
+    job.atoms, job.aev, job.energies = atoms.data_ptr(), aev.data_ptr(), energies.data_ptr()
+    job.gradient = gradient.data_ptr() if n_gradients else None
     if library().smelt_networks(level(), _is_double(aev), torch.get_num_threads(), ctypes.byref(job)):
         raise MemoryError(f"no memory for the networks: {atoms.shape[0]} atoms, {n_members} members")
+
+
+def _networks(stack: Stack, length: int, dtype: torch.dtype, celu_alpha: float) -> Networks:
+    """What the kernel has to know of the networks of one element, without the atoms."""
+    n_members, n_layers = stack.weights[0].shape[0], len(stack.weights)
+    widths = (length, *(bias.shape[1] for bias in stack.biases))
+    for layer, (weight, bias) in enumerate(zip(stack.weights, stack.biases, strict=True)):
+        _check(f"weight {layer}", weight, (n_members, widths[layer + 1], widths[layer]))
+        _check(f"bias {layer}", bias, (n_members, widths[layer + 1]))
+        if not (weight.is_contiguous() and bias.is_contiguous() and weight.dtype == bias.dtype == dtype):
+            raise ValueError(f"layer {layer}: weights and biases must be contiguous and {dtype}")
+    if widths[-1] != 1:
+        raise ValueError(f"networks with {widths[-1]} outputs: one, the energy, is supported")
+    return Networks(
+        n_members,
+        n_layers,
+        0,
+        0,
+        (ctypes.c_int64 * len(widths))(*widths),
+        (ctypes.c_void_p * n_layers)(*(weight.data_ptr() for weight in stack.weights)),
+        (ctypes.c_void_p * n_layers)(*(bias.data_ptr() for bias in stack.biases)),
+        celu_alpha,
+    )
 
 
 def pair_sums(pair: torch.Tensor, row: torch.Tensor, other: torch.Tensor) -> torch.Tensor:

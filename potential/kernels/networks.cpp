@@ -13,7 +13,7 @@
 namespace {
 
 constexpr int BLOCK = NETWORKS_BLOCK;
-constexpr int OUTPUTS = 4;                            // outputs and vectors of atoms that share loads
+constexpr int OUTPUTS = 4;          // outputs and vectors of atoms that share loads
 constexpr int VECTORS = BYTES == 64 ? 4 : 2;
 
 template <class T> class Networks {
@@ -96,12 +96,14 @@ INLINE void Networks<T>::tile(const Product& p, int first, int t) {
 template <class T> template <int R> void Networks<T>::row_of_tiles(const Product& p, int first) {
     int t = 0;
     for (; t + VECTORS * W <= n_lanes; t += VECTORS * W) tile<R, VECTORS>(p, first, t);
+    if (t + 2 * W <= n_lanes) tile<R, 2>(p, first, t), t += 2 * W;
     for (; t < n_lanes; t += W) tile<R, 1>(p, first, t);
 }
 
 template <class T> void Networks<T>::multiply(int n_out, const Product& p) {
     int o = 0;
     for (; o + OUTPUTS <= n_out; o += OUTPUTS) row_of_tiles<OUTPUTS>(p, o);
+    for (; o + 2 <= n_out; o += 2) row_of_tiles<2>(p, o);
     for (; o < n_out; ++o) row_of_tiles<1>(p, o);
 }
 

@@ -27,10 +27,12 @@ from potential.kernels.motion import drift, kick, normals
 from potential.structures import Structures
 
 __all__ = [
+    "Stack",
     "aev_forward",
     "aev_jvp",
     "aev_vjp",
     "drift",
+    "evaluate",
     "find_pairs",
     "have_moved",
     "kick",
@@ -52,6 +54,14 @@ SHORTEST_A = 1e-6  # atoms on the same spot: finite, instead of not a number
 TRIPLES_PER_BLOCK = 30_000  # a block's features stay in the cache
 PAIRS_PER_BLOCK = 8_000
 ATOMS_PER_BLOCK = 128  # of the networks, for the same reason
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Networks of all members for one element. Per layer weights (M, out, in) and biases (M, out); one output, eV."""
+
+    weights: Sequence[torch.Tensor]
+    biases: Sequence[torch.Tensor]
 
 
 def aev_forward(vec: torch.Tensor, row: torch.Tensor, species_other: torch.Tensor, p: AEVParameters) -> torch.Tensor:
@@ -116,21 +126,63 @@ def aev_jvp(
     return out
 
 
+def evaluate(
+    structures: Structures,
+    row: torch.Tensor,
+    other: torch.Tensor,
+    shift: torch.Tensor,
+    p: AEVParameters,
+    stacks: Sequence[Stack],
+    self_energies: torch.Tensor,
+    celu_alpha: float,
+    n_gradients: int,
+    stress: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Energies (M, B), eV, float64; forces (G, N, 3), eV/A; stress (G, B, 3, 3), eV/A^3, float64, or None.
+
+    stacks: one per element. self_energies: (n_elements,), eV, float64. n_gradients, G: the number of members, 1 for the
+    mean of theirs, or 0. Pairs beyond the cutoffs may be in the list. Forces are in the dtype of the networks. Stress
+    is symmetric, and not a number where the cell has no volume.
+    """
+    first = stacks[0].weights[0]
+    vec = pair_vectors(structures, row, other, shift, first.dtype)
+    species_other = structures.species.index_select(0, other)
+    aev = aev_forward(vec, row, species_other, p)
+    atomic, gradient = aev.new_empty(len(first), len(aev)), aev.new_empty(n_gradients, *aev.shape)
+    for element, stack in enumerate(stacks):
+        atoms = (structures.species == element).nonzero().squeeze(1)
+        networks(aev, atoms, stack, celu_alpha, atomic, gradient)
+    atomic = atomic.double() + self_energies.to(atomic.device)[structures.species]
+    energies = atomic.new_zeros(len(first), structures.n_frames).index_add_(1, structures.frame_of_atom, atomic)
+    if not n_gradients:
+        return energies, aev.new_empty(0, len(aev), 3), None
+    pair = aev_vjp(vec, row, species_other, gradient, p)
+    stresses = _stress(pair, vec, row[structures.first_atom].tolist(), structures.volume) if stress else None
+    return energies, pair_sums(pair, row, other), stresses
+
+
+def _stress(pair: torch.Tensor, vec: torch.Tensor, ends: Sequence[int], volume: torch.Tensor) -> torch.Tensor:
+    """(G, B, 3, 3): sum over the pairs of each frame of vec (x) dE/dvec / volume, from pair forces (G, E, 3)."""
+    frames = [torch.matmul(vec[low:high].T, pair[:, low:high]) for low, high in itertools.pairwise(ends)]
+    virial = torch.stack(frames, dim=1).double()
+    volume = volume.double()
+    return (virial + virial.transpose(2, 3)) / torch.where(volume > 0, 2 * volume, torch.nan)[:, None, None]
+
+
 def networks(
     aev: torch.Tensor,
     atoms: torch.Tensor,
-    weights: Sequence[torch.Tensor],
-    biases: Sequence[torch.Tensor],
+    stack: Stack,
     celu_alpha: float,
     energies: torch.Tensor,
     gradient: torch.Tensor,
 ) -> None:
     """Write the energies of `atoms` by all members to `energies`, and dE/dAEV of each or of their mean to `gradient`.
 
-    aev: (N, L); atoms: (n,), those of one element; weights, biases: per layer (M, out, in) and (M, out), the last with
-    one output; energies: (M, N); gradient: (M, N, L), (1, N, L) for the mean, or (0, N, L) for none.
+    aev: (N, L); atoms: (n,), those of one element; energies: (M, N); gradient: (M, N, L), (1, N, L) for the mean, or
+    (0, N, L) for none. Rows of other atoms are left as they are.
     """
-    n_gradients, first = len(gradient), weights[0]
+    n_gradients, first, weights, biases = len(gradient), stack.weights[0], stack.weights, stack.biases
     for block in atoms.split(ATOMS_PER_BLOCK):
         # All members read the same input, so their first layer is one matrix product.
         value = torch.nn.functional.linear(aev.index_select(0, block), first.flatten(0, 1), biases[0].flatten())

@@ -36,10 +36,10 @@ template <> struct Constants<float> {
     static constexpr float ROUND = 12582912.0f;             // 1.5 * 2^23: adding it rounds to an integer
     static constexpr float LOWEST_EXPONENT = -126.0f, TINY = 1e-30f;
     static constexpr bool LOG_BY_DIVISION = false;
-    static constexpr float EXP2[] = {1.0f, 0.693147188f, 0.240226508f, 0.0555035711f,
-                                     0.00961808256f, 0.00133908634f, 0.00015453163f};  // 5e-9 on |x| <= 1/2
-    static constexpr float LOG2[] = {1.44269500f, -0.721347468f, 0.480910753f, -0.360693268f, 0.287903261f,
-                                     -0.239169881f, 0.216078226f, -0.205861881f, 0.123109685f};  // log2(1+x)/x, 3e-8
+    static constexpr float EXP2[] = {1.0f, 0.693146978f, 0.240222421f, 0.0555073374f, 0.00967151264f,
+                                     0.00132647291f};  // 9e-8 on |x| <= 1/2
+    static constexpr float LOG2[] = {1.44269496f, -0.721352788f, 0.480923242f, -0.360239641f, 0.287098701f,
+                                     -0.248876853f, 0.234042363f, -0.14581172f};  // log2(1+x)/x, 2e-7
     static constexpr float SINPI[] = {3.14159264f, -5.16771008f, 2.55007739f, -0.598290411f, 0.0776559123f};  // 7e-9
     static constexpr float COSPI[] = {1.0f, -4.93480214f, 4.05870915f, -1.33521195f, 0.234937069f, -0.0243959321f};
 };

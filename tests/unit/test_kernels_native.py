@@ -240,7 +240,7 @@ def test_networks_agree_with_autograd(
     for n_gradients in (n_members, 1, 0):
         energies = torch.full((n_members, 150), 7.0, dtype=dtype)
         gradient = torch.full((n_gradients, 150, 11), 7.0, dtype=dtype)
-        module.networks(aev.to(dtype), atoms, *parameters, 0.1, energies, gradient)
+        module.networks(aev.to(dtype), atoms, reference.Stack(*parameters), 0.1, energies, gradient)
         assert gap(energies[:, atoms], numeric(value.detach().squeeze(2))) < TOLERANCE[dtype]
         assert (energies == 7.0).sum() == n_members * (150 - n_rows)
         if n_gradients:

@@ -1,0 +1,29 @@
+// Which instruction sets were the kernels compiled for? One table per level: 0 plain, 1 AVX2 with FMA, 2 AVX-512.
+#pragma once
+#include "aev.h"
+#include "motion.h"
+#include "networks.h"
+
+extern const AevKernel smelt_plain_aev[2];
+extern const NetworksKernel smelt_plain_networks[2];
+extern const MotionKernel smelt_plain_motion;
+#if defined(__x86_64__)
+extern const AevKernel smelt_avx2_aev[2], smelt_avx512_aev[2];
+extern const NetworksKernel smelt_avx2_networks[2], smelt_avx512_networks[2];
+extern const MotionKernel smelt_avx2_motion, smelt_avx512_motion;
+#endif
+
+namespace {
+
+#if defined(__x86_64__)
+constexpr const AevKernel* AEV[] = {smelt_plain_aev, smelt_avx2_aev, smelt_avx512_aev};
+constexpr const NetworksKernel* NETWORKS[] = {smelt_plain_networks, smelt_avx2_networks, smelt_avx512_networks};
+[[maybe_unused]] constexpr const MotionKernel* MOTION[] = {&smelt_plain_motion, &smelt_avx2_motion,
+                                                           &smelt_avx512_motion};
+#else
+constexpr const AevKernel* AEV[] = {smelt_plain_aev};
+constexpr const NetworksKernel* NETWORKS[] = {smelt_plain_networks};
+[[maybe_unused]] constexpr const MotionKernel* MOTION[] = {&smelt_plain_motion};
+#endif
+
+}  // namespace
