@@ -26,11 +26,12 @@ from campaign.versions import versions
 from labeler.config import LabelerSettings
 from labeler.stage import label, level
 from shards.atoms import from_atoms
+from shards.ranks import own_nodes
 from shards.reader import open_shard
 from shards.writer import write_frames
 from trainer.launch import run_ranks
 
-__all__ = ["DEFAULT_CAMPAIGN", "check_site"]
+__all__ = ["DEFAULT_CAMPAIGN", "check_site", "examine"]
 
 # What is tried when no campaign is named: cheap DFT, two ranks.
 DEFAULT_CAMPAIGN = parse_campaign(
@@ -109,11 +110,9 @@ def examine(
             )
         )
     if pool == "train":
-        n_nodes = slurm.nodes_per_block if slurm and slurm.workers == "block" else 1
         for name, program in (("MPI", HELLO), ("Horovod", ALL_REDUCE)):
-            parts.append(
-                Part(name, partial(_ranks, program, config.trainer.ranks, site.train.launcher, n_nodes, folder))
-            )
+            check = partial(_ranks, program, config.trainer.ranks, site.train.launcher, folder)
+            parts.append(Part(name, check))
     return {"findings": [asdict(finding) for finding in findings(parts)]}
 
 
@@ -165,7 +164,7 @@ def _engine(labeler: LabelerSettings, config: CampaignConfig, folder: Path, scra
     )
 
 
-def _ranks(program: str, ranks: int, launcher: tuple[str, ...], n_nodes: int, folder: Path, scratch: Path) -> str:
+def _ranks(program: str, ranks: int, launcher: tuple[str, ...], folder: Path, scratch: Path) -> str:
     """Start ranks as a training does, and see what each says."""
     shared = Path(tempfile.mkdtemp(prefix="ranks-", dir=folder))
     log = shared / "log"
@@ -184,7 +183,7 @@ def _ranks(program: str, ranks: int, launcher: tuple[str, ...], n_nodes: int, fo
     if status or len(said) != ranks:
         last = lines[-1] if lines else "they said nothing"
         raise PartError(f"{len(said)} of {ranks} ranks add up, exit status {status}: {last} (log: {log})")
-    hosts = sorted(set(said))
+    hosts, n_nodes = sorted(set(said)), len(own_nodes(os.environ))
     if len(hosts) < min(n_nodes, ranks):
         raise PartError(
             f"{ranks} ranks on {', '.join(hosts)} only, where there are {n_nodes} nodes: see train.launcher"

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import Cluster
+from conftest import FAST, MPIRUN, Cluster
 
-from campaign.site import load_site
+from campaign.checkup import DEFAULT_CAMPAIGN, examine
+from campaign.pools import ParslPools
+from campaign.site import load_site, parse_site
+from campaign.versions import versions
 
 ROOT = Path(__file__).parents[2]
 SITES = ROOT / "configs" / "sites"
@@ -42,3 +46,15 @@ def test_ranks_come_to_every_node_of_a_block(
     cluster.wait(lambda: job not in cluster.jobs(), 60)
     assert (tmp_path / "status").read_text() == "0", (tmp_path / "ranks").read_text()
     assert Counter((tmp_path / "ranks").read_text().split()) == {"node3": 2, "node4": 2}
+
+
+def test_tasks_of_a_block_start_their_ranks_on_nodes_of_their_own(cluster: Cluster, tmp_path: Path) -> None:
+    slurm = FAST | {"nodes_per_block": 4, "workers": "block"}
+    train = {"slots": 2, "launcher": MPIRUN, "slurm": slurm}
+    site = parse_site({"name": "test", "address": "127.0.0.1", "train": train})
+    with ParslPools(site, tmp_path) as pools:
+        arguments = ("train", site, DEFAULT_CAMPAIGN, versions(), tmp_path)
+        futures = [pools.submit("train", examine, *arguments) for _ in range(2)]
+        found = [{row["name"]: row["text"] for row in future.result(120)["findings"]} for future in futures]
+    nodes = [re.fullmatch("2 ranks on (node.), (node.) add up", checks["Horovod"]) for checks in found]
+    assert sorted(node for match in nodes if match for node in match.groups()) == ["node1", "node2", "node3", "node4"]
