@@ -2,6 +2,7 @@
 # make test    set up, then lint and every test
 # make setup   only set up: .venv with everything in it; nothing to do takes no time
 # make lint    ruff, mypy, import-linter
+# make bench   set up, install the peers, and compare speed with them; the table is kept under benchmarks/results/
 # make clean   remove what set-up and builds made (the Horovod wheel stays in the user's cache)
 
 # The first of these that is new enough; `make PYTHON=/path/to/python` chooses another.
@@ -10,7 +11,7 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test setup lint slurm clean
+.PHONY: demo test setup lint slurm bench clean
 
 demo: setup
 	@$(BIN)/smelt run configs/aluminum-demo.toml
@@ -32,6 +33,12 @@ lint: setup
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
+
+bench: setup
+	@$(BIN)/python -c 'import torchani, vesin' 2>/dev/null || $(BIN)/python -m pip --disable-pip-version-check -q install \
+	$$($(BIN)/python -c 'import tomllib; \
+	print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["bench"])')
+	@$(BIN)/python -m benchmarks
 
 setup:
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \

@@ -79,7 +79,7 @@ class Column:
 
 
 # Positions and forces of labels stand side by side in one dataset: they are read together, and one gather instead
-# of two doubles the rate of random batches (benchmarks/shard_gather.py).
+# of two doubles the rate of random batches (benchmarks/batches.py).
 COLUMNS: Final = (
     Column("offset", "<i8", ("n_frames + 1",), "1", "atoms of frame i are offset[i]:offset[i + 1]"),
     Column("id", "|u1", ("n_frames", 16), "1", "frame id: 16 bytes of sha256 over its species, positions, cell, pbc"),
