@@ -31,7 +31,7 @@ from shards.reader import open_shard
 from shards.writer import write_frames
 from trainer.launch import run_ranks
 
-__all__ = ["DEFAULT_CAMPAIGN", "check_site", "examine"]
+__all__ = ["DEFAULT_CAMPAIGN", "check_site"]
 
 # What is tried when no campaign is named: cheap DFT, two ranks.
 DEFAULT_CAMPAIGN = parse_campaign(

@@ -60,11 +60,11 @@ class Cluster:
     def state(self, job: str) -> str:
         return self.run("squeue", "-h", "-t", "all", "-j", job, "-o", "%T")
 
-    def wait(self, reached: Callable[[], bool], seconds: float = 60) -> None:
+    def wait(self, reached: Callable[[], bool], seconds: float = 60, pause_s: float = 0.2) -> None:
         end = time.monotonic() + seconds
         while not reached():
             assert time.monotonic() < end, f"not within {seconds:g} s: {self.run('squeue')}\n{self.run('sinfo')}"
-            time.sleep(0.2)
+            time.sleep(pause_s)
 
 
 @pytest.fixture(scope="session")

@@ -32,7 +32,7 @@ class Story:
 
     def end(self, job: str, seconds: float, meanwhile: Callable[[], None] = lambda: None) -> str:
         """What it ended as."""
-        self.cluster.wait(lambda: meanwhile() or job not in self.cluster.jobs(), seconds)
+        self.cluster.wait(lambda: meanwhile() or job not in self.cluster.jobs(), seconds, pause_s=0.5)
         return self.cluster.state(job)
 
     def error(self) -> str:

@@ -28,7 +28,7 @@ elements = ["Al"]
 seed = 3
 n_bootstrap = 8
 holdout_fraction = 0.2
-labels_per_task = 3
+labels_per_task = {labels_per_task}
 retrain_after = {retrain_after}
 queue_target = 8
 max_labels = {max_labels}
@@ -63,7 +63,7 @@ max_epochs = 5
 [labeler]
 time_limit_min = 2
 """
-EMT = LOOP.format(max_labels=20, retrain_after=12, max_generations=2, n_atoms=[4, 6]) + (
+EMT = LOOP.format(max_labels=20, retrain_after=12, max_generations=2, n_atoms=[4, 6], labels_per_task=3) + (
     """
 engine = "counting_calculator.CountingEMT"
 environment = { COUNT_FILE = "COUNT" }
@@ -71,7 +71,7 @@ environment = { COUNT_FILE = "COUNT" }
 )
 # Two seconds for a label: what happens to a campaign meets some on the way.
 SLOW = EMT.replace("COUNT_FILE", 'COUNT_NAP_S = "2", COUNT_FILE')
-GPAW = LOOP.format(max_labels=11, retrain_after=2, max_generations=2, n_atoms=[1, 2]) + (
+GPAW = LOOP.format(max_labels=11, retrain_after=2, max_generations=2, n_atoms=[1, 2], labels_per_task=4) + (
     """
 [labeler.gpaw]
 cutoff_eV = 100
@@ -110,7 +110,7 @@ class Campaign:
                     assert time.monotonic() < end, f"not within {LONGEST_S} s:\n{log.read_text()}"
                     self.look_for_ranks()
                     meanwhile()
-                    time.sleep(0.3)
+                    time.sleep(0.5)
             finally:
                 driver.kill()
                 driver.wait()

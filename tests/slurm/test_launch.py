@@ -10,10 +10,9 @@ from pathlib import Path
 import pytest
 from conftest import FAST, MPIRUN, Cluster
 
-from campaign.checkup import DEFAULT_CAMPAIGN, examine
+from campaign import checkup
 from campaign.pools import ParslPools
 from campaign.site import load_site, parse_site
-from campaign.versions import versions
 
 ROOT = Path(__file__).parents[2]
 SITES = ROOT / "configs" / "sites"
@@ -52,9 +51,8 @@ def test_tasks_of_a_block_start_their_ranks_on_nodes_of_their_own(cluster: Clust
     slurm = FAST | {"nodes_per_block": 4, "workers": "block"}
     train = {"slots": 2, "launcher": MPIRUN, "slurm": slurm}
     site = parse_site({"name": "test", "address": "127.0.0.1", "train": train})
+    start = ("train", checkup._ranks, f"total = 2; {checkup.SAY}", 2, site.train.launcher, tmp_path, tmp_path)
     with ParslPools(site, tmp_path) as pools:
-        arguments = ("train", site, DEFAULT_CAMPAIGN, versions(), tmp_path)
-        futures = [pools.submit("train", examine, *arguments) for _ in range(2)]
-        found = [{row["name"]: row["text"] for row in future.result(120)["findings"]} for future in futures]
-    nodes = [re.fullmatch("2 ranks on (node.), (node.) add up", checks["Horovod"]) for checks in found]
+        said = [future.result(120) for future in [pools.submit(*start), pools.submit(*start)]]
+    nodes = [re.fullmatch("2 ranks on (node.), (node.) add up", str(words)) for words in said]
     assert sorted(node for match in nodes if match for node in match.groups()) == ["node1", "node2", "node3", "node4"]
