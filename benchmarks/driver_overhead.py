@@ -29,9 +29,10 @@ from campaign.config import parse_campaign
 from campaign.driver import run_campaign
 from campaign.harvest import merge
 from campaign.ledger import LEDGER, Ledger, read_state
-from campaign.site import Pool, Site, load_site
+from campaign.site import Site, load_site, parse_site
 from campaign.state import EVENTS, State
 from campaign.tasks import Call, stage_call
+from labeler.config import LabelerSettings
 from labeler.stage import level
 from shards.label import Label
 from shards.outcome import Clock, Outcome
@@ -51,7 +52,8 @@ def main() -> None:
     parser.add_argument("--per-task", type=int, default=50, help="campaign.labels_per_task")
     parser.add_argument("--events", type=int, default=1_000_000)
     options = parser.parse_args()
-    site = load_site(options.site) if options.site else Site(name="here", label=Pool(slots=options.slots))
+    here = {"name": "here", "label": {"slots": options.slots}}
+    site = load_site(options.site) if options.site else parse_site(here)
     with tempfile.TemporaryDirectory(prefix="smelt-overhead-", dir=Path.cwd()) as folder:
         if options.labels:
             measure_labels(Path(folder) / "run", site, options.labels, options.per_task)
@@ -63,7 +65,7 @@ def main() -> None:
 
 
 def label(
-    frames: Path, indices: Sequence[int], settings: Any, elements: Sequence[str], dest: Path, scratch: Path
+    frames: Path, indices: Sequence[int], settings: LabelerSettings, elements: Sequence[str], dest: Path, **_: Any
 ) -> Outcome:
     """As labeler.stage.label, with zeros for every frame."""
     clock = Clock()
@@ -93,7 +95,7 @@ class Watch:
 
     def __call__(self, state: State) -> None:
         due = not self.marks or state.n_labels >= self.marks[-1][0] + self._n_labels // N_MARKS
-        if state.n_bootstrap and due:
+        if state.n_labels and due:  # not while workers start
             self.mark(state.n_labels)
         if state.finished:
             raise Enough

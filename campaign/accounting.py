@@ -17,7 +17,7 @@ __all__ = ["Delay", "DelayMeter", "PoolMeter", "PoolUse", "Wait"]
 
 
 class Wait(StrEnum):
-    """What a slot waits for in which no stage works. The first four are the policy's reasons to leave it free."""
+    """What a slot waits for in which no stage works. The first five are reasons of the policy."""
 
     FRAMES = "frames"  # too few candidates to label
     LABELS = "labels"  # too few new ones to train on; or enough candidates wait for theirs

@@ -374,9 +374,8 @@ class Driver:
         One that was withheld is submitted again by the next driver.
         """
         ended = [(task, outcome) for task, outcome in ended if not outcome.facts.get("withheld")]
-        receipts = {Path(receipt.path).stem: receipt for _, outcome in ended for receipt in outcome.receipts}
         frames = [frame for task, _ in ended if task.stage == "label" for frame in self._held_by(task)]
-        record_labels(self._run_dir, self._ledger, frames, self._level, receipts)
+        record_labels(self._run_dir, self._ledger, frames, self._level)
         events = [event for task, outcome in ended for event in self._events(task, outcome)]
         self._ledger.append_all(events)
         for task, outcome in ended:

@@ -12,16 +12,15 @@ by a crash and is completed by `reconcile`:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from campaign.ledger import Ledger
 from shards.manifest import Manifest
 from shards.outcome import Receipt
-from shards.reader import ShardError, open_shard
+from shards.reader import ShardError, open_shard, read_receipt
 from shards.writer import merge_labels
 
 __all__ = ["PARTS", "label_path", "manifest_path", "merge", "published_label", "reconcile", "record_labels"]
@@ -37,36 +36,25 @@ def manifest_path(run_dir: Path, part: str) -> Path:
     return run_dir / "data" / part / "manifest.jsonl"
 
 
-def published_label(run_dir: Path, frame: str, level: str, receipt: Receipt | None = None) -> Receipt | None:
+def published_label(run_dir: Path, frame: str, level: str) -> Receipt | None:
     """Receipt of a frame's label at this level of theory; None when there is no such file.
 
-    receipt: what its worker handed out, if that is known. Then only the size of the file is compared; the merge reads
-    all of it anyway.
-
     Raises:
-        ShardError: there is one, but it is damaged.
+        ShardError: there is one that cannot be read. Its data are read in the merge.
     """
     path = label_path(run_dir, frame)
     if not path.is_file():
         return None
-    if receipt is None or receipt.n_bytes != path.stat().st_size:
-        shard = open_shard(path)
-        receipt = shard.receipt() if shard.ids == [frame] else None
-    return receipt if receipt and receipt.level == level else None
+    receipt = read_receipt(path)
+    return receipt if receipt.level == level else None
 
 
-def record_labels(
-    run_dir: Path,
-    ledger: Ledger,
-    frames: Iterable[str],
-    level: str,
-    receipts: Mapping[str, Receipt] = MappingProxyType({}),
-) -> None:
-    """Record those of these frames whose label is there. receipts: what workers handed out, by frame."""
+def record_labels(run_dir: Path, ledger: Ledger, frames: Iterable[str], level: str) -> None:
+    """Record those of these frames whose label is there."""
     events: list[tuple[str, dict[str, Any]]] = []
     for frame in frames:
         try:
-            receipt = published_label(run_dir, frame, level, receipts.get(frame))
+            receipt = published_label(run_dir, frame, level)
         except ShardError:
             continue  # the end of its task decides
         if receipt is not None:

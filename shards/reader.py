@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ __all__ = [
     "TruncatedShardError",
     "WrongKindError",
     "open_shard",
+    "read_receipt",
 ]
 
 _SIGNATURE = b"\x89HDF\r\n\x1a\n"
@@ -318,13 +320,32 @@ def open_shard(path: Path, verify: bool = True) -> Shard:
     return Shard(path, header.kind, level, header.digest, len(buffer), columns)
 
 
+def read_receipt(path: Path) -> Receipt:
+    """Read the receipt that the writer of a shard handed out. Its data are not looked at.
+
+    Raises:
+        ShardError: as open_shard, but for missing and altered data.
+    """
+    path = Path(path)
+    with _open_file(path) as file:
+        counts = {name: int(file.attrs[name]) for name in ("n_frames", "n_atoms")}
+        kind, digest, level = (str(file.attrs.get(name, "")) for name in ("kind", "digest", "level_digest"))
+    return Receipt(path=str(path), kind=kind, **counts, n_bytes=path.stat().st_size, digest=digest, level=level)
+
+
 def _read_header(path: Path) -> _Header:
+    with _open_file(path) as file:
+        return _parse_header(path, file)
+
+
+@contextmanager
+def _open_file(path: Path) -> Iterator[h5py.File]:
     _check_file(path)
     try:
         # A shard never changes, so it needs no lock; locks fail on some network file systems.
         with h5py.File(path, "r", locking=False) as file:
             _check_version(path, file)
-            return _parse_header(path, file)
+            yield file
     except ShardError:
         raise
     except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
