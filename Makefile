@@ -16,9 +16,9 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 demo: setup
 	@$(BIN)/smelt run configs/aluminum-demo.toml
 
-# Three at a time on two cores: tests/slurm, which begin early, mostly wait.
+# Files of tests run four at a time on two cores: tests/slurm, each with a cluster of its own, mostly wait.
 test: lint slurm
-	@$(BIN)/python -m pytest -n 3 --dist loadscope --no-loadscope-reorder
+	@$(BIN)/python -m pytest -n 4 --dist loadscope --no-loadscope-reorder
 
 # The daemons that tests/slurm starts on loopback. Without root those tests are skipped and say what is missing.
 slurm:
@@ -35,7 +35,7 @@ lint: setup
 	@$(BIN)/lint-imports
 
 bench: setup
-	@$(BIN)/python -c 'import torchani, vesin' 2>/dev/null || $(BIN)/python -m pip --disable-pip-version-check -q install \
+	@$(BIN)/python -c 'import torchani' 2>/dev/null || $(BIN)/python -m pip --disable-pip-version-check -q install \
 	$$($(BIN)/python -c 'import tomllib; \
 	print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["bench"])')
 	@$(BIN)/python -m benchmarks
