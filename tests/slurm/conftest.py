@@ -1,4 +1,4 @@
-"""A real Slurm of four nodes on this machine, started once for all tests of this folder."""
+"""A real Slurm of four nodes on this machine, started once for all tests that run in one process."""
 
 from __future__ import annotations
 
