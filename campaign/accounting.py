@@ -125,7 +125,7 @@ class PoolMeter:
         )
 
     def _under_way(self, now: float) -> float:
-        return self._n_taken * (now - self._started) - self._taken_s
+        return max(0.0, self._n_taken * (now - self._started) - self._taken_s)  # rounded
 
     def _settle(self, now: float) -> None:
         self._wait(self._waits_for, max(0, self._n_free) * (now - self._since))

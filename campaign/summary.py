@@ -119,11 +119,11 @@ def _labels(run_dir: Path, state: State) -> dict[str, Any]:
         "quarantined": len(state.quarantined),
         "failures": dict(state.label_failures),
         "dropped": dict(state.dropped),
-        "by_level": [{**_level(run_dir), "labels": state.n_labels}] if state.n_labels else [],
+        "by_level": [{**level, "labels": state.n_labels} for level in _levels(run_dir)],
     }
 
 
-def _level(run_dir: Path) -> dict[str, str]:
+def _levels(run_dir: Path) -> list[dict[str, str]]:
     """The level of theory, which is one for the whole campaign, as the first label that can be read says it."""
     merged = [receipt.path for part in PARTS for receipt in Manifest(manifest_path(run_dir, part)).receipts()[:1]]
     for path in [*map(Path, merged), *sorted((run_dir / "labels").glob("*.h5"))]:
@@ -132,8 +132,8 @@ def _level(run_dir: Path) -> dict[str, str]:
         except ShardError:  # merged and removed in this moment
             continue
         if level is not None:
-            return {"engine": level.engine, "version": level.version, "level": level.digest}
-    return {}
+            return [{"engine": level.engine, "version": level.version, "level": level.digest}]
+    return []
 
 
 def _walkers(run_dir: Path, state: State) -> dict[str, Any]:
