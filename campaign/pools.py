@@ -35,6 +35,7 @@ from campaign.horizon import BLOCK_END, MARGIN_S
 from campaign.lease import MARKER, reap
 from campaign.scheduler import SchedulerError, blocks_of, cancel_blocks, steps_of
 from campaign.site import Pool, Site
+from campaign.worker import PIN
 from shards.outcome import FailureClass
 from shards.settings import SettingsError
 
@@ -265,6 +266,7 @@ def _prologue(pool: Pool, site: Site, run_dir: Path) -> str:
             *site.environment,
             *(slurm.environment if slurm else ()),
             f'export TMPDIR="{slurm.scratch}"' if slurm else "",
+            f"export {PIN}=1" if slurm and slurm.workers == "node" else "",
             f"export {MARKER}={shlex.quote(str(run_dir.resolve()))}",
             f"export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH",
             f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}",

@@ -48,8 +48,9 @@ class Slurm(Settings):
     max_blocks: int = Field(default=1, ge=1)
     """Jobs at the same time, at most."""
     workers: Literal["node", "block"] = "node"
-    """node: every node of a block has workers of its own, and a task stays on its node. block: the first node has them,
-    and a task may start MPI ranks on all nodes of the block, or on its equal part of them if there are several."""
+    """node: every node of a block has workers of its own; a task stays on its node, on an equal part of its cores.
+    block: the first node has them, and a task may start MPI ranks on all nodes of the block, or on its equal part of
+    them if there are several."""
     cores_per_node: int = Field(default=0, ge=0)
     """Cores that are asked for on each node; 0 asks for none, as is right where whole nodes are given."""
     gpus_per_node: int = Field(default=0, ge=0)

@@ -6,6 +6,7 @@ reads it there. Another file says where and since when the task is at work.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import os
@@ -25,9 +26,10 @@ from campaign.stop import stop_request
 from campaign.tasks import Call, run_dir_of
 from shards.outcome import Clock, Failure, FailureClass, Outcome
 
-__all__ = ["Work", "forget_work", "has_begun", "perform", "read_outcome", "work_under_way"]
+__all__ = ["PIN", "Work", "forget_work", "has_begun", "perform", "read_outcome", "work_under_way"]
 
 OUTCOME, WORK = "outcome.json", "work.json"
+PIN = "SMELT_PIN"  # variable of workers that have a node to themselves
 WATCH_S = 1.0
 
 
@@ -46,6 +48,7 @@ def perform(call: Call, scratch: Path, driver: Holder) -> dict[str, Any]:
 
     Nothing is begun once the driver was asked to stop: then facts["withheld"] is true, and nothing published.
     """
+    _pin()
     scratch.mkdir(parents=True, exist_ok=True)
     work = Work(scratch.name, socket.gethostname(), time.time(), os.environ.get("SLURM_JOB_ID", ""))
     _publish(asdict(work), scratch / WORK)
@@ -88,6 +91,19 @@ def _read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     return table
+
+
+@functools.cache
+def _pin() -> None:
+    """Keep to this worker's part of its node's cores, with all that it starts.
+
+    MPI binds ranks to the first cores that it sees: those of two tasks would share them while others are idle.
+    """
+    if os.environ.get(PIN) and "PARSL_WORKER_COUNT" in os.environ:
+        cores = sorted(os.sched_getaffinity(0))
+        each, rank = len(cores) // int(os.environ["PARSL_WORKER_COUNT"]), int(os.environ["PARSL_WORKER_RANK"])
+        if each:
+            os.sched_setaffinity(0, cores[rank * each : (rank + 1) * each])
 
 
 def _run(call: Call, scratch: Path) -> Outcome:

@@ -13,11 +13,12 @@ import pytest
 
 from campaign.lease import Holder
 from campaign.tasks import Call
-from campaign.worker import perform, read_outcome
+from campaign.worker import PIN, perform, read_outcome
 from shards.outcome import FailureClass, Outcome
 
 ROOT = Path(__file__).parents[2]
 STAGE = """
+import os
 from pathlib import Path
 from shards.outcome import Clock, Outcome
 
@@ -25,6 +26,9 @@ def count(path, by):
     n = int(path.read_text()) + by if path.exists() else by
     path.write_text(str(n))
     return Outcome("count", Clock().timing(), facts={"n": n})
+
+def cores():
+    return Outcome("cores", Clock().timing(), facts={"cores": sorted(os.sched_getaffinity(0))})
 
 def fail(path):
     raise RuntimeError("no luck\\nat all")
@@ -52,6 +56,31 @@ def test_exception_of_a_stage_is_a_failure_with_its_traceback_in_a_log(folder: P
     assert outcome.failure is not None
     assert (outcome.failure.kind, outcome.failure.message) == (FailureClass.CRASH, "RuntimeError: no luck")
     assert "at all" in Path(outcome.failure.log).read_text()
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core cannot be shared out")
+def test_workers_of_a_node_keep_to_cores_of_their_own(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    code = """
+from pathlib import Path
+from campaign.lease import Holder
+from campaign.tasks import Call
+from campaign.worker import perform
+for scratch in "12":
+    print(perform(Call("a_stage:cores", {}), Path(scratch), Holder.this_process())["facts"]["cores"])
+"""
+    everything = sorted(os.sched_getaffinity(0))
+    half = len(everything) // 2
+    for rank, expected in enumerate((everything[:half], everything[half : 2 * half])):
+        worker = {PIN: "1", "PARSL_WORKER_COUNT": "2", "PARSL_WORKER_RANK": str(rank)}
+        paths = os.pathsep.join([str(ROOT), str(folder)])
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=tmp_path_factory.mktemp("node"),
+            env=os.environ | worker | {"PYTHONPATH": paths},
+            capture_output=True,
+            text=True,
+        )
+        assert done.stdout.splitlines() == [str(expected)] * 2, done.stderr
 
 
 def test_stage_that_is_not_there_is_a_failure(folder: Path) -> None:
