@@ -22,8 +22,8 @@ FLAGS = [
     "-fvisibility=hidden",
 ]
 COMMON = ("entry.cpp", "evaluate.cpp", "neighbours.cpp", "pairs.cpp")
-ARITHMETIC = ("aev.cpp", "motion.cpp", "networks.cpp")
-HEADERS = ("aev.h", "levels.h", "motion.h", "networks.h", "run.h", "simd.h", "threads.h")
+ARITHMETIC = ("aev.cpp", "motion.cpp", "networks.cpp", "training.cpp")
+HEADERS = tuple(path.name for path in sorted(Path(KERNELS).glob("*.h")))
 INSTRUCTION_SETS: dict[str, list[str]] = {"smelt_plain": []}
 if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS["smelt_avx2"] = ["-mavx2", "-mfma"]

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from potential.aev import AEVParameters
-from potential.kernels import aev_forward, aev_jvp, aev_vjp, pair_differences, pair_sums
+from potential.kernels import aev_forward, aev_jvp, aev_vjp, pair_differences, pair_sums, respond
 from potential.neighbours import find_neighbours, pair_vectors
 from potential.structures import Structures
 from shards.frame import Frame
+from trainer.loss import References, Weights, pulls
 
 __all__ = ["Block", "Geometry", "describe", "jacobian_bytes", "join", "with_jacobian"]
 
@@ -89,6 +90,11 @@ class Block(ABC):
     def lift(self, forces: Tensor, virial: Tensor) -> Tensor:
         """Apply the transpose of `project`: (M, N, 3) and (M, B, 6) to (M, N, L)."""
 
+    def respond(self, g: Tensor, truth: References, weights: Weights, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return forces and virial, and the derivative by g, (M, N, L), of the sum of scale (M, B) times the loss."""
+        forces, virial = self.project(g)
+        return forces, virial, self.lift(*pulls(forces, virial, truth, weights, scale))
+
 
 def join(geometries: Sequence[Geometry], p: AEVParameters) -> Block:
     """Join structures that all keep their Jacobian, or none does."""
@@ -118,6 +124,11 @@ class _Kept(Block):
             lifted.append((rows @ jacobian).view(len(forces), n, -1))
             at += n
         return torch.cat(lifted, dim=1)
+
+    def respond(self, g: Tensor, truth: References, weights: Weights, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """In one pass over the Jacobians, which are too large to stay in a cache."""
+        strengths = 2 / 3 * weights.force, weights.stress / 3, weights.force_cap
+        return respond(self._jacobians, truth.targets, g, scale, *strengths)
 
 
 class _Recomputed(Block):

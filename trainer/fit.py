@@ -141,19 +141,19 @@ def step_gradient(problem: Problem, parameters: Tensor, structures: NDArray[np.i
 
     The loss of a member is the mean over those of all ranks' structures that it trains on.
     """
+    weights = weights_of(problem.settings)
     share = 1 / problem.learns[:, structures].sum(1).clamp(min=1)
     gradient = torch.zeros_like(parameters)
     sums = torch.zeros(len(parameters), len(COLUMNS), dtype=torch.float64)
     for part, block, truth in problem.blocks(problem.mine(structures)):
         energies, g, tape = problem.networks.forward(parameters, block.aev, block.species)
         energy = energies.new_zeros(len(energies), len(part)).index_add_(1, block.frame_of_atom, energies)
-        errors = compare(energy, *block.project(g), truth, weights_of(problem.settings))
-        weight = problem.learns[:, part]
-        sums += (errors.sums * weight[:, :, None]).sum(1, dtype=torch.float64)
-        weight = weight * share[:, None]
-        by_forces = errors.by_forces * weight[:, block.frame_of_atom, None]
-        v = block.lift(by_forces, errors.by_virial * weight[:, :, None])
-        problem.networks.gradient(parameters, tape, (errors.by_energy * weight)[:, block.frame_of_atom], v, gradient)
+        learns = problem.learns[:, part]
+        scale = learns * share[:, None]
+        forces, virial, v = block.respond(g, truth, weights, scale)
+        errors = compare(energy, forces, virial, truth, weights)
+        sums += (errors.sums * learns[:, :, None]).sum(1, dtype=torch.float64)
+        problem.networks.gradient(parameters, tape, (errors.by_energy * scale)[:, block.frame_of_atom], v, gradient)
     return gradient, sums
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-__all__ = ["COLUMNS", "Errors", "References", "Weights", "compare", "mean_loss", "summarise"]
+__all__ = ["COLUMNS", "Errors", "References", "Weights", "compare", "mean_loss", "pulls", "summarise"]
 
 # Sums that are kept per member; every error of a training is made from them.
 COLUMNS = ("n", "loss", "n_energy", "energy", "n_force", "force", "n_stress", "stress")
@@ -30,7 +31,8 @@ class References:
     """Labels of B structures with N atoms in all; NaN where there is none.
 
     energy: (B,), eV, less the self energies. forces: (N, 3), eV/A. virial: (B, 6), volume * stress, eV, in the order
-    xx yy zz yz xz xy. volume: (B,), A^3. n_atoms: (B,). frame_of_atom: (N,).
+    xx yy zz yz xz xy. volume: (B,), A^3. n_atoms: (B,). frame_of_atom: (N,). targets: of each structure its forces and
+    then its virial, (3n + 6,).
     """
 
     energy: Tensor
@@ -39,16 +41,15 @@ class References:
     volume: Tensor
     n_atoms: Tensor
     frame_of_atom: Tensor
+    targets: Sequence[Tensor] = ()
 
 
 @dataclass(frozen=True)
 class Errors:
-    """loss: (M, B), its derivatives by energy (M, B), forces (M, N, 3), virial (M, B, 6); sums: (M, B, 8), COLUMNS."""
+    """loss: (M, B), its derivative by energy (M, B); sums: (M, B, 8), COLUMNS. `pulls` has the other derivatives."""
 
     loss: Tensor
     by_energy: Tensor
-    by_forces: Tensor
-    by_virial: Tensor
     sums: Tensor
 
 
@@ -65,7 +66,6 @@ def compare(energy: Tensor, forces: Tensor, virial: Tensor, truth: References, w
         + weights.force * _per_frame(huber, truth.frame_of_atom, n) / (3 * n)
         + weights.stress * (off_virial**2).mean(2) / n
     )
-    count_of_atom = n[truth.frame_of_atom][:, None]
     columns = [
         torch.ones_like(loss),
         loss,
@@ -79,10 +79,18 @@ def compare(energy: Tensor, forces: Tensor, virial: Tensor, truth: References, w
     return Errors(
         loss=loss,
         by_energy=2 * weights.energy * off_energy / n,
-        by_forces=2 / 3 * weights.force * capped / count_of_atom,
-        by_virial=weights.stress / 3 * off_virial / n[:, None],
         sums=torch.stack(columns, dim=2),
     )
+
+
+def pulls(forces: Tensor, virial: Tensor, truth: References, weights: Weights, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Derivatives of sum(scale * loss) by forces (M, N, 3) and virial (M, B, 6); scale: (M, B)."""
+    scale = scale / truth.n_atoms
+    off_forces, _ = _difference(forces, truth.forces)
+    off_virial, _ = _difference(virial, truth.virial)
+    capped = off_forces.clamp(-weights.force_cap, weights.force_cap)
+    by_forces = 2 / 3 * weights.force * capped * scale[:, truth.frame_of_atom, None]
+    return by_forces, weights.stress / 3 * off_virial * scale[:, :, None]
 
 
 def mean_loss(sums: Tensor) -> list[float]:

@@ -17,19 +17,23 @@ import torch
 
 from potential.aev import AEVParameters
 from potential.kernels import reference
+from potential.kernels.layers import Layout
 from potential.kernels.motion import Moving
 from potential.kernels.reference import Stack
 from potential.structures import Structures
 
 __all__ = [
+    "Layout",
     "Moving",
     "Stack",
     "aev_forward",
     "aev_jvp",
     "aev_vjp",
+    "backward_layers",
     "drift",
     "evaluate",
     "find_pairs",
+    "forward_layers",
     "have_moved",
     "implementation",
     "kick",
@@ -38,6 +42,7 @@ __all__ = [
     "pair_differences",
     "pair_sums",
     "pair_vectors",
+    "respond",
     "shortest_distances",
 ]
 
@@ -155,6 +160,63 @@ def evaluate(
         structures, row, other, shift, p, stacks, self_energies, celu_alpha, n_gradients, stress
     )
     return found
+
+
+def forward_layers(
+    flat: torch.Tensor,
+    layout: Layout,
+    celu_alpha: float,
+    aev: torch.Tensor,
+    atoms: torch.Tensor,
+    energies: torch.Tensor,
+    g: torch.Tensor,
+) -> object:
+    """Write the energies of `atoms` and g = dE/dAEV into energies (M, N) and g (M, N, L).
+
+    flat: (M, P), parameters of all networks. layout: where those of an element are. aev: (N, L). atoms: (n,), those of
+    that element. Returns what the way back needs.
+    """
+    tape: object = _kernels(flat).forward_layers(flat, layout, celu_alpha, aev, atoms, energies, g)
+    return tape
+
+
+def backward_layers(
+    flat: torch.Tensor,
+    layout: Layout,
+    celu_alpha: float,
+    tape: object,
+    aev: torch.Tensor,
+    atoms: torch.Tensor,
+    by_energy: torch.Tensor,
+    by_g: torch.Tensor,
+    into: torch.Tensor,
+) -> None:
+    """Add to `into`, (M, P), the gradient of sum(by_energy * energies) + sum(by_g * g) over `atoms`.
+
+    by_energy: (M, N). by_g: (M, N, L). The other arguments are those of forward_layers, and what it returned.
+    """
+    _kernels(flat).backward_layers(flat, layout, celu_alpha, tape, aev, atoms, by_energy, by_g, into)
+
+
+def respond(
+    jacobians: Sequence[torch.Tensor],
+    targets: Sequence[torch.Tensor],
+    g: torch.Tensor,
+    scale: torch.Tensor,
+    force_scale: float,
+    virial_scale: float,
+    force_cap: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Forces (M, N, 3), virials (M, B, 6), and the derivative (M, N, L) of a loss by g, from Jacobians that were kept.
+
+    jacobians: (3n + 6, n L) for each of B structures of n atoms, rows of forces before those of the virial. targets:
+    (3n + 6,), not a number where there is none. scale: (M, B). The loss is the sum over members and structures of
+    scale / n times: force_scale / 2 * square of the errors of forces, linear beyond the cap, and virial_scale / 2 *
+    square of those of the virial.
+    """
+    response: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+    response = _kernels(g).respond(jacobians, targets, g, scale, force_scale, virial_scale, force_cap)
+    return response
 
 
 def pair_sums(pair: torch.Tensor, row: torch.Tensor, other: torch.Tensor) -> torch.Tensor:

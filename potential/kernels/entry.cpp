@@ -54,6 +54,31 @@ EXPORT int smelt_networks(int level, int is_double, int n_threads, const Network
     return 1;
 }
 
+// How many numbers of a tape belong to a member.
+EXPORT int64_t smelt_tape(int level, int is_double, const LayersJob* job) {
+    return TRAINING[level][is_double].tape_numbers(*job);
+}
+
+// Forward pass of the networks of one element, or (backward) the gradient of a loss on its results. Members are shared
+// out over threads. Returns 0, or 1 when there is no memory.
+EXPORT int smelt_layers(int backward, int level, int is_double, int n_threads, const LayersJob* job) try {
+    const TrainingKernel& kernel = TRAINING[level][is_double];
+    const auto pass = backward ? kernel.gradient : kernel.forward;
+    run(job->n_members, n_threads, kernel.workspace_bytes(*job),
+        [&](int64_t member, void* workspace) { pass(*job, member, workspace); });
+    return 0;
+} catch (const std::bad_alloc&) {
+    return 1;
+}
+
+// Forces and virials from kept Jacobians, and what their residuals return. Structures are shared out over threads.
+EXPORT void smelt_respond(int level, int is_double, int n_threads, const ResponseJob* job) {
+    share_out(job->n_structures, n_threads, [&](auto next) {
+        FlushDenormals flush;
+        for (int64_t structure; (structure = next()) >= 0;) TRAINING[level][is_double].respond(*job, structure);
+    });
+}
+
 // These take microseconds, less than a thread takes to start, so they run on the caller's.
 EXPORT void smelt_normals(int level, const MotionJob* job, float* out) {
     MOTION[level]->normals(*job, out, 0, job->n_atoms);

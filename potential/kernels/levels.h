@@ -3,14 +3,17 @@
 #include "aev.h"
 #include "motion.h"
 #include "networks.h"
+#include "training.h"
 
 extern const AevKernel smelt_plain_aev[2];
 extern const NetworksKernel smelt_plain_networks[2];
 extern const MotionKernel smelt_plain_motion;
+extern const TrainingKernel smelt_plain_training[2];
 #if defined(__x86_64__)
 extern const AevKernel smelt_avx2_aev[2], smelt_avx512_aev[2];
 extern const NetworksKernel smelt_avx2_networks[2], smelt_avx512_networks[2];
 extern const MotionKernel smelt_avx2_motion, smelt_avx512_motion;
+extern const TrainingKernel smelt_avx2_training[2], smelt_avx512_training[2];
 #endif
 
 namespace {
@@ -20,10 +23,13 @@ constexpr const AevKernel* AEV[] = {smelt_plain_aev, smelt_avx2_aev, smelt_avx51
 constexpr const NetworksKernel* NETWORKS[] = {smelt_plain_networks, smelt_avx2_networks, smelt_avx512_networks};
 [[maybe_unused]] constexpr const MotionKernel* MOTION[] = {&smelt_plain_motion, &smelt_avx2_motion,
                                                            &smelt_avx512_motion};
+[[maybe_unused]] constexpr const TrainingKernel* TRAINING[] = {smelt_plain_training, smelt_avx2_training,
+                                                               smelt_avx512_training};
 #else
 constexpr const AevKernel* AEV[] = {smelt_plain_aev};
 constexpr const NetworksKernel* NETWORKS[] = {smelt_plain_networks};
 [[maybe_unused]] constexpr const MotionKernel* MOTION[] = {&smelt_plain_motion};
+[[maybe_unused]] constexpr const TrainingKernel* TRAINING[] = {smelt_plain_training};
 #endif
 
 }  // namespace

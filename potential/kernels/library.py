@@ -12,7 +12,19 @@ import os
 import sysconfig
 from pathlib import Path
 
-__all__ = ["LEVELS", "AevShape", "Evaluate", "Motion", "Networks", "available", "best_level", "level", "library"]
+__all__ = [
+    "LEVELS",
+    "AevShape",
+    "Evaluate",
+    "Layers",
+    "Motion",
+    "Networks",
+    "Response",
+    "available",
+    "best_level",
+    "level",
+    "library",
+]
 
 LIBRARY = Path(__file__).with_name(f"_aev{sysconfig.get_config_var('EXT_SUFFIX')}")
 LEVELS = ("plain", "avx2", "avx512")
@@ -57,6 +69,33 @@ class Evaluate(ctypes.Structure):
         ("first", ctypes.c_void_p),
         ("networks", ctypes.POINTER(Networks)),
         *((name, ctypes.c_void_p) for name in ("self_energies", "energy", "forces", "stress")),
+    )
+
+
+class Layers(ctypes.Structure):
+    """LayersJob of training.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("n_members", "n_layers", "n_rows", "n_atoms", "step")),
+        *((name, ctypes.POINTER(ctypes.c_int64)) for name in ("widths", "offsets")),
+        ("celu_alpha", ctypes.c_double),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("parameters", "atoms", "aev", "energies", "g", "tape", "by_energy", "by_g", "gradient")
+        ),
+    )
+
+
+class Response(ctypes.Structure):
+    """ResponseJob of training.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("n_members", "length", "n_atoms", "n_structures")),
+        ("first", ctypes.POINTER(ctypes.c_int64)),
+        *((name, ctypes.POINTER(ctypes.c_void_p)) for name in ("jacobians", "targets")),
+        ("scale", ctypes.c_void_p),
+        *((name, ctypes.c_double) for name in ("force_scale", "virial_scale", "cap")),
+        *((name, ctypes.c_void_p) for name in ("g", "forces", "virial", "v")),
     )
 
 
@@ -124,6 +163,10 @@ def library() -> ctypes.CDLL:
     loaded.smelt_kick.argtypes = [integer, ctypes.POINTER(Motion), ctypes.c_double]
     loaded.smelt_pairs.argtypes = [*[integer] * 3, *[long] * 3, *[pointer] * 4]
     loaded.smelt_networks.argtypes = [*[integer] * 3, ctypes.POINTER(Networks)]
+    loaded.smelt_tape.restype = long
+    loaded.smelt_tape.argtypes = [integer, integer, ctypes.POINTER(Layers)]
+    loaded.smelt_layers.argtypes = [*[integer] * 4, ctypes.POINTER(Layers)]
+    loaded.smelt_respond.argtypes = [*[integer] * 3, ctypes.POINTER(Response)]
     loaded.smelt_evaluate.argtypes = [*[integer] * 3, ctypes.POINTER(Evaluate)]
     loaded.smelt_aev.argtypes = [*[integer] * 4, ctypes.POINTER(AevShape), *[long] * 3, *[pointer] * 5]
     return loaded

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -11,7 +12,18 @@ import torch
 
 from potential.aev import AEVParameters
 from potential.kernels.bins import FLAT_CELL, NOT_FINITE
-from potential.kernels.library import AevShape, Evaluate, Motion, Networks, available, level, library
+from potential.kernels.layers import Layout
+from potential.kernels.library import (
+    AevShape,
+    Evaluate,
+    Layers,
+    Motion,
+    Networks,
+    Response,
+    available,
+    level,
+    library,
+)
 from potential.kernels.motion import Moving
 from potential.kernels.reference import Stack
 from potential.structures import Structures
@@ -21,9 +33,11 @@ __all__ = [
     "aev_jvp",
     "aev_vjp",
     "available",
+    "backward_layers",
     "drift",
     "evaluate",
     "find_pairs",
+    "forward_layers",
     "have_moved",
     "kick",
     "networks",
@@ -31,6 +45,7 @@ __all__ = [
     "pair_differences",
     "pair_sums",
     "pair_vectors",
+    "respond",
     "shortest_distances",
 ]
 
@@ -302,6 +317,115 @@ def _networks(stack: Stack, length: int, dtype: torch.dtype, celu_alpha: float) 
         (ctypes.c_void_p * n_layers)(*(bias.data_ptr() for bias in stack.biases)),
         celu_alpha,
     )
+
+
+def forward_layers(
+    flat: torch.Tensor,
+    layout: Layout,
+    celu_alpha: float,
+    aev: torch.Tensor,
+    atoms: torch.Tensor,
+    energies: torch.Tensor,
+    g: torch.Tensor,
+) -> torch.Tensor:
+    """Write the energies of `atoms` and g = dE/dAEV, and return what the way back needs."""
+    _check("energies", energies, (flat.shape[0], aev.shape[0]))
+    _check("g", g, (flat.shape[0], *aev.shape))
+    job = _layers(flat, layout, celu_alpha, aev, atoms, energies, g)
+    job.energies, job.g = energies.data_ptr(), g.data_ptr()
+    tape = flat.new_empty(flat.shape[0], library().smelt_tape(level(), _is_double(flat), ctypes.byref(job)))
+    job.tape = tape.data_ptr()
+    _run_layers(False, flat, job)
+    return tape
+
+
+def backward_layers(
+    flat: torch.Tensor,
+    layout: Layout,
+    celu_alpha: float,
+    tape: torch.Tensor,
+    aev: torch.Tensor,
+    atoms: torch.Tensor,
+    by_energy: torch.Tensor,
+    by_g: torch.Tensor,
+    into: torch.Tensor,
+) -> None:
+    """Add to `into` the gradient of sum(by_energy * energies) + sum(by_g * g) over `atoms`."""
+    by_energy, by_g = by_energy.contiguous(), by_g.contiguous()
+    _check("by_energy", by_energy, (flat.shape[0], aev.shape[0]))
+    _check("by_g", by_g, (flat.shape[0], *aev.shape))
+    _check("into", into, tuple(flat.shape))
+    job = _layers(flat, layout, celu_alpha, aev, atoms, by_energy, by_g, into)
+    job.tape, job.by_energy, job.by_g = tape.data_ptr(), by_energy.data_ptr(), by_g.data_ptr()
+    job.gradient = into.data_ptr()
+    _run_layers(True, flat, job)
+
+
+def _layers(
+    flat: torch.Tensor, layout: Layout, celu_alpha: float, aev: torch.Tensor, atoms: torch.Tensor, *others: torch.Tensor
+) -> Layers:
+    if not all(tensor.dtype == flat.dtype and tensor.is_contiguous() for tensor in (flat, aev, *others)):
+        raise ValueError(
+            f"networks in training: all tensors must be contiguous and {flat.dtype}, as the parameters are"
+        )
+    return Layers(
+        flat.shape[0],
+        len(layout.offsets),
+        atoms.shape[0],
+        aev.shape[0],
+        flat.shape[1],
+        (ctypes.c_int64 * len(layout.widths))(*layout.widths),
+        (ctypes.c_int64 * len(layout.offsets))(*layout.offsets),
+        celu_alpha,
+        flat.data_ptr(),
+        atoms.data_ptr(),
+        aev.data_ptr(),
+    )
+
+
+def _run_layers(backward: bool, flat: torch.Tensor, job: Layers) -> None:
+    if library().smelt_layers(backward, level(), _is_double(flat), torch.get_num_threads(), ctypes.byref(job)):
+        raise MemoryError(f"no memory for the networks of {job.n_rows} atoms, {job.n_members} members")
+
+
+def respond(
+    jacobians: Sequence[torch.Tensor],
+    targets: Sequence[torch.Tensor],
+    g: torch.Tensor,
+    scale: torch.Tensor,
+    force_scale: float,
+    virial_scale: float,
+    force_cap: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Forces (M, N, 3), virials (M, B, 6), and the derivative (M, N, L) of a loss by g, from kept Jacobians."""
+    n_members, n_atoms, length = g.shape
+    n_structures = len(jacobians)
+    first = [0, *itertools.accumulate((target.shape[0] - 6) // 3 for target in targets)]
+    for low, high, jacobian in zip(first, first[1:], jacobians, strict=False):
+        _check("jacobian", jacobian, (3 * (high - low) + 6, (high - low) * length))
+    _check("g", g, (n_members, first[-1], length))
+    _check("scale", scale, (n_members, n_structures))
+    tensors = [g, scale, *jacobians, *targets]
+    if not all(tensor.dtype == g.dtype and tensor.is_contiguous() for tensor in tensors):
+        raise ValueError(f"kept derivatives: all tensors must be contiguous and {g.dtype}, as g is")
+    forces, v = g.new_empty(n_members, n_atoms, 3), torch.empty_like(g)
+    virial = g.new_empty(n_members, n_structures, 6)
+    job = Response(
+        n_members,
+        length,
+        n_atoms,
+        n_structures,
+        (ctypes.c_int64 * len(first))(*first),
+        (ctypes.c_void_p * n_structures)(*(jacobian.data_ptr() for jacobian in jacobians)),
+        (ctypes.c_void_p * n_structures)(*(target.data_ptr() for target in targets)),
+        scale.data_ptr(),
+        force_scale,
+        virial_scale,
+        force_cap,
+        *(tensor.data_ptr() for tensor in (g, forces, virial, v)),
+    )
+    library().smelt_respond(level(), _is_double(g), torch.get_num_threads(), ctypes.byref(job))
+    return forces, virial, v
 
 
 def pair_sums(pair: torch.Tensor, row: torch.Tensor, other: torch.Tensor) -> torch.Tensor:

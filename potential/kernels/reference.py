@@ -23,6 +23,7 @@ import torch
 
 from potential.aev import ANGLE_SCALE, AEVParameters
 from potential.kernels.bins import find_pairs
+from potential.kernels.layers import backward_layers, forward_layers, respond
 from potential.kernels.motion import drift, kick, normals
 from potential.structures import Structures
 
@@ -31,9 +32,11 @@ __all__ = [
     "aev_forward",
     "aev_jvp",
     "aev_vjp",
+    "backward_layers",
     "drift",
     "evaluate",
     "find_pairs",
+    "forward_layers",
     "have_moved",
     "kick",
     "networks",
@@ -41,6 +44,7 @@ __all__ = [
     "pair_differences",
     "pair_sums",
     "pair_vectors",
+    "respond",
     "shortest_distances",
 ]
 

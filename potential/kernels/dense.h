@@ -1,0 +1,105 @@
+// How is a block of atoms multiplied by weights, with one instruction set, so that it stays in registers and caches?
+//
+// Numbers lie as (width, BLOCK): a row per input or output, the atoms of the block in the lanes. A layer is then a product
+// of weights broadcast with vectors of atoms. CELU: h = max(x, 0) + alpha (exp(min(x, 0) / alpha) - 1); its slope is
+// 1 for h > 0 and 1 + h / alpha elsewhere. Everything has internal linkage, as in simd.h.
+#pragma once
+#include "simd.h"
+
+namespace {
+
+constexpr int BLOCK = 64;                             // atoms
+constexpr int OUTPUTS = 4;                            // outputs and vectors of lanes that share loads
+constexpr int VECTORS = BYTES == 64 ? 4 : 2;
+
+template <class T> struct Dense {
+    using S = Simd<T>;
+    using V = typename S::V;
+    static constexpr int W = S::W;
+
+    static constexpr int whole(int n) { return (n + W - 1) / W * W; }
+
+    // out[q] = start[q] + sum_i w[q step_out + i step_in] in[i] over n_lanes lanes, added to what is there if `add`;
+    // rows of `in` and `out` are `in_row` and `out_row` apart.
+    struct Product {
+        int n_in;
+        const T* w;
+        int64_t step_out, step_in;
+        const T *in, *start;
+        T* out;
+        bool add;
+        int n_lanes, in_row = BLOCK, out_row = BLOCK;
+    };
+
+    static void multiply(int n_out, const Product& p) {
+        int o = 0;
+        for (; o + OUTPUTS <= n_out; o += OUTPUTS) row_of_tiles<OUTPUTS>(p, o);
+        for (; o < n_out; ++o) row_of_tiles<1>(p, o);
+    }
+
+    static void activate(int n, T alpha, T* x, int n_lanes) {
+        const T rate = T(-1.44269504088896341) / alpha;
+        for (int i = 0; i < n * BLOCK; i += BLOCK) {
+            for (int t = i; t < i + n_lanes; t += W) {
+                V value = S::load(x + t), negative = S::max(-value, T(0));
+                S::store(x + t, S::max(value, T(0)) + (S::exp2(negative * rate) - T(1)) * alpha);
+            }
+        }
+    }
+
+    static INLINE V slope(V h, T alpha) { return S::max(-h, T(0)) * (T(-1) / alpha) + T(1); }
+
+    static void apply_slope(int n, T alpha, const T* h, T* g, int n_lanes) {
+        for (int i = 0; i < n * BLOCK; i += BLOCK) {
+            for (int t = i; t < i + n_lanes; t += W) S::store(g + t, S::load(g + t) * slope(S::load(h + t), alpha));
+        }
+    }
+
+    // Rows of atoms (n_rows of them, at rows[r], of `width`) to lanes, zero in the other lanes of whole vectors; and back.
+    static void to_lanes(int width, int n_rows, const T* const* rows, T* out) {
+        const int n_lanes = whole(n_rows);
+        for (int low = 0; low < width; low += W) {    // piece by piece, so that all of it stays in the L1 cache
+            const int high = low + W < width ? low + W : width;
+            for (int i = low; i < high; ++i)
+                for (int r = n_rows; r < n_lanes; ++r) out[i * BLOCK + r] = 0;
+            for (int r = 0; r < n_rows; ++r)
+                for (int i = low; i < high; ++i) out[i * BLOCK + r] = rows[r][i];
+        }
+    }
+    static void from_lanes(int width, int n_rows, const T* values, T scale, T* const* rows) {
+        for (int low = 0; low < width; low += W) {
+            const int high = low + W < width ? low + W : width;
+            for (int r = 0; r < n_rows; ++r)
+                for (int i = low; i < high; ++i) rows[r][i] = scale * values[i * BLOCK + r];
+        }
+    }
+
+private:
+    template <int R, int C> static INLINE void tile(const Product& p, int first, int t) {
+        const T* w = p.w + first * p.step_out;
+        T* out = p.out + first * p.out_row + t;
+        V sum[R][C];
+        for (int q = 0; q < R; ++q)
+            for (int v = 0; v < C; ++v)
+                sum[q][v] = p.add ? S::load(out + q * p.out_row + v * W) : S::all(p.start ? p.start[first + q] : T(0));
+        for (int i = 0; i < p.n_in; ++i) {
+            V x[C];
+            for (int v = 0; v < C; ++v) x[v] = S::load(p.in + int64_t(i) * p.in_row + t + v * W);
+            for (int q = 0; q < R; ++q) {
+                const T factor = w[q * p.step_out + i * p.step_in];
+                for (int v = 0; v < C; ++v) sum[q][v] += x[v] * factor;
+            }
+        }
+        for (int q = 0; q < R; ++q)
+            for (int v = 0; v < C; ++v) S::store(out + q * p.out_row + v * W, sum[q][v]);
+    }
+
+    template <int R> static void row_of_tiles(const Product& p, int first) {
+        int t = 0;
+        for (; t + VECTORS * W <= p.n_lanes; t += VECTORS * W) tile<R, VECTORS>(p, first, t);
+        if (t + 2 * W <= p.n_lanes) tile<R, 2>(p, first, t), t += 2 * W;
+        for (; t < p.n_lanes; t += W) tile<R, 1>(p, first, t);
+    }
+};
+
+}  // namespace

@@ -1,0 +1,136 @@
+"""How do a loss and its gradient pass through stacked networks, exactly? Plain PyTorch; the C++ version is held to it.
+
+The loss depends on energies E and on g = dE/dAEV. Its gradient by the parameters is that of c E + <v, g>, with c and v
+the loss's derivatives, and <v, g> is the derivative of E along v (Pearlmutter, 10.1162/neco.1994.6.1.147). Both passes
+are written out: no graph is kept, and nothing is differentiated twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["Layout", "Tape", "backward_layers", "forward_layers", "respond"]
+
+SATURATED = -40.0  # times alpha: exp(-40) is below the rounding of one; smaller values become denormal, and slow
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the layers of one element's networks lie in parameters (M, P).
+
+    widths: of the AEV, the hidden layers, and 1. offsets: where each weight (out, in) begins; its bias (out,) follows.
+    """
+
+    widths: tuple[int, ...]
+    offsets: tuple[int, ...]
+
+    def layers(self, flat: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """View `flat`, (M, P), as weight (M, out, in) and bias (M, out) of each layer."""
+        found = []
+        for at, n_in, n_out in zip(self.offsets, self.widths, self.widths[1:], strict=False):
+            weight = flat[:, at : at + n_out * n_in].view(-1, n_out, n_in)
+            found.append((weight, flat[:, at + n_out * n_in : at + n_out * (n_in + 1)]))
+        return found
+
+
+@dataclass(frozen=True)
+class Tape:
+    """What the way back needs of a forward pass; lists run over hidden layers."""
+
+    inputs: list[Tensor]  # of each layer, the last being the linear output; (n, L) or (M, n, width)
+    slopes: list[Tensor]  # CELU'(z), (M, n, width)
+    pulls: list[Tensor]  # dE/dz, (M, n, width)
+
+
+def forward_layers(
+    flat: Tensor, layout: Layout, celu_alpha: float, aev: Tensor, atoms: Tensor, energies: Tensor, g: Tensor
+) -> Tape:
+    """Write the energies of `atoms` and g = dE/dAEV into energies (M, N) and g (M, N, L); aev: (N, L)."""
+    layers = layout.layers(flat)
+    inputs, slopes = [aev.index_select(0, atoms)], []
+    hidden = inputs[0].expand(len(flat), -1, -1)
+    for weight, bias in layers[:-1]:
+        z = torch.baddbmm(bias[:, None], hidden, weight.mT)
+        slope = z.clamp(SATURATED * celu_alpha, 0.0).div_(celu_alpha).exp_()
+        hidden = z.clamp_(min=0.0).add_(slope, alpha=celu_alpha).sub_(celu_alpha)
+        inputs.append(hidden)
+        slopes.append(slope)
+    weight, bias = layers[-1]
+    energies[:, atoms] = torch.baddbmm(bias[:, None], hidden, weight.mT).squeeze(2)
+    pulls = [weight * slopes[-1]]
+    for (weight, _), slope in zip(reversed(layers[1:-1]), reversed(slopes[:-1]), strict=True):
+        pulls.insert(0, torch.bmm(pulls[0], weight).mul_(slope))
+    g[:, atoms] = torch.bmm(pulls[0], layers[0][0])
+    return Tape(inputs, slopes, pulls)
+
+
+def backward_layers(
+    flat: Tensor,
+    layout: Layout,
+    celu_alpha: float,
+    tape: Tape,
+    aev: Tensor,
+    atoms: Tensor,
+    by_energy: Tensor,
+    by_g: Tensor,
+    into: Tensor,
+) -> None:
+    """Add to `into`, (M, P), the gradient of sum(by_energy * energies) + sum(by_g * g) over `atoms`.
+
+    by_energy: (M, N). by_g: (M, N, L). The other arguments are those of the forward pass, and what it returned.
+    """
+    layers, slots = layout.layers(flat), layout.layers(into)
+    c = by_energy.index_select(1, atoms)
+    tangents, tilts = [by_g.index_select(1, atoms)], []  # along by_g: changes of each layer's input, of each z
+    for (weight, _), slope in zip(layers[:-1], tape.slopes, strict=True):
+        tilts.append(torch.bmm(tangents[-1], weight.mT))
+        tangents.append(tilts[-1] * slope)
+    (weight, _), (weight_slot, bias_slot) = layers[-1], slots[-1]
+    weight_slot.add_(torch.bmm(c[:, None], tape.inputs[-1])).add_(tangents[-1].sum(1, keepdim=True))
+    bias_slot.add_(c.sum(1, keepdim=True))
+    back = c[:, :, None] * weight
+    for i in reversed(range(len(layers) - 1)):
+        slope, pull = tape.slopes[i], tape.pulls[i]
+        # CELU'' is slope / alpha where z < 0, which is where slope < 1, and 0 elsewhere.
+        bend = tilts[i].mul_(pull).mul_(slope < 1).div_(celu_alpha)
+        z_back = bend.add_(back.mul_(slope))
+        hidden = tape.inputs[i] if i else tape.inputs[0].expand(len(flat), -1, -1)
+        weight_slot, bias_slot = slots[i]
+        weight_slot.baddbmm_(z_back.mT, hidden).baddbmm_(pull.mT, tangents[i])
+        bias_slot.add_(z_back.sum(1))
+        if i:
+            back = torch.bmm(z_back, layers[i][0])
+
+
+def respond(
+    jacobians: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    g: Tensor,
+    scale: Tensor,
+    force_scale: float,
+    virial_scale: float,
+    force_cap: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Forces (M, N, 3), virials (M, B, 6), and the derivative (M, N, L) of a loss by g, from Jacobians that were kept.
+
+    jacobians: (3n + 6, n L) for each of B structures of n atoms, rows of forces before those of the virial. targets:
+    (3n + 6,), not a number where there is none. scale: (M, B). The loss is the sum over members and structures of
+    scale / n times: force_scale / 2 * square of the errors of forces, linear beyond the cap, and virial_scale / 2 *
+    square of those of the virial.
+    """
+    forces, virials, v, at = [], [], [], 0
+    for structure, (jacobian, target) in enumerate(zip(jacobians, targets, strict=True)):
+        n = (len(jacobian) - 6) // 3
+        rows = g[:, at : at + n].reshape(len(g), -1) @ jacobian.T
+        off = (rows - target).nan_to_num(0.0)
+        off[:, : 3 * n] = off[:, : 3 * n].clamp(-force_cap, force_cap) * force_scale
+        off[:, 3 * n :] *= virial_scale
+        v.append((off.mul_(scale[:, structure, None] / n) @ jacobian).view(len(g), n, -1))
+        forces.append(rows[:, : 3 * n].view(-1, n, 3))
+        virials.append(rows[:, 3 * n :])
+        at += n
+    return torch.cat(forces, dim=1), torch.stack(virials, dim=1), torch.cat(v, dim=1)

@@ -1,0 +1,354 @@
+// How do a loss on energies and forces and its gradient pass through the networks of one member, on one instruction set?
+// And through a Jacobian that was kept, from dE/dAEV to forces and back?
+//
+// The loss depends on energies E and on g = dE/dAEV. Its gradient by the parameters is that of c E + <v, g>, c and v being
+// the loss's derivatives: v runs through the layers as a tangent t, and the way back (z_back) collects both (Pearlmutter,
+// doi:10.1162/neco.1994.6.1.147). Weights get z_back h^T + pull t^T, with pull = dE/dz.
+//
+// Compiled once per instruction set, as aev.cpp is and under the same rule: no external linkage but the table.
+#include "training.h"
+#include "dense.h"
+
+#include <initializer_list>
+
+namespace {
+
+template <class T> class Layers {
+    using D = Dense<T>;
+    using S = Simd<T>;
+    using V = typename S::V;
+    static constexpr int W = S::W;
+
+    const LayersJob& job;
+    const int n_hidden, length;
+    const T alpha;
+    int widest = 0, all_hidden = 0;
+    int64_t numbers = 0;                              // of padded parameters
+    T *input, *tangents, *tilts, *back, *z_back;      // (width, BLOCK); tangents and tilts hold all layers
+    T *rows, *tangent_rows;                           // (BLOCK, widest in whole vectors)
+    T *sums, *bias_sums;
+
+public:
+    size_t used = 0;
+
+    Layers(const LayersJob& job, void* workspace)
+        : job(job), n_hidden(int(job.n_layers) - 1), length(int(job.widths[0])), alpha(T(job.celu_alpha)) {
+        for (int k = 0; k <= n_hidden; ++k) {
+            widest = width(k) > widest ? width(k) : widest;
+            if (k) all_hidden += width(k);
+            numbers += int64_t(width(k + 1)) * D::whole(width(k));
+        }
+        T* base = static_cast<T*>(workspace);
+        const auto take = [&](T*& piece, size_t n) { piece = base + used, used += (n + W - 1) / W * W; };
+        take(input, size_t(length) * BLOCK);
+        take(tangents, size_t(length + all_hidden) * BLOCK), take(tilts, size_t(all_hidden) * BLOCK);
+        for (T** piece : {&back, &z_back}) take(*piece, size_t(widest) * BLOCK);
+        for (T** piece : {&rows, &tangent_rows}) take(*piece, size_t(D::whole(widest)) * BLOCK);
+        take(sums, size_t(numbers)), take(bias_sums, size_t(all_hidden + 1));
+        used *= sizeof(T);
+    }
+
+    int64_t tape_numbers() const { return 2 * int64_t(all_hidden) * BLOCK * ((job.n_rows + BLOCK - 1) / BLOCK); }
+
+    void forward(int64_t member);
+    void gradient(int64_t member);
+
+private:
+    int width(int layer) const { return int(job.widths[layer]); }
+    const T* weight(int layer, int64_t member) const {
+        return static_cast<const T*>(job.parameters) + member * job.step + job.offsets[layer];
+    }
+    const T* bias(int layer, int64_t member) const {
+        return weight(layer, member) + int64_t(width(layer)) * width(layer + 1);
+    }
+    T* tape(int64_t member, int64_t first) const {
+        return static_cast<T*>(job.tape) + member * tape_numbers() + first / BLOCK * 2 * all_hidden * BLOCK;
+    }
+    // Rows of an array (n_members, n_atoms, per_atom) that belong to the atoms of a block.
+    template <class U> int block_rows(U* array, int64_t member, int64_t first, int64_t per_atom, U** out) const {
+        const int n_rows = int(job.n_rows - first < BLOCK ? job.n_rows - first : BLOCK);
+        for (int r = 0; r < n_rows; ++r) out[r] = array + (member * job.n_atoms + job.atoms[first + r]) * per_atom;
+        return n_rows;
+    }
+
+    void forward_block(int64_t member, int64_t first);
+    void gradient_block(int64_t member, int64_t first);
+    void push(int64_t member, const T* hidden, int n_lanes);
+    void last_layer(const T* weights, const T* by_energy, const T* hidden, int n_lanes);
+    void bend(int n, const T* tilt, const T* pull, const T* hidden, T* bias_sum, int n_lanes);
+    void collect(int layer, int n_rows, const T* pull, T* sum);
+    void store(int64_t member);
+};
+
+template <class T> void Layers<T>::forward(int64_t member) {
+    for (int64_t first = 0; first < job.n_rows; first += BLOCK) forward_block(member, first);
+}
+
+template <class T> void Layers<T>::forward_block(int64_t member, int64_t first) {
+    const T* from[BLOCK];
+    T* to[BLOCK];
+    const int n_rows = block_rows(static_cast<const T*>(job.aev), 0, first, length, from), n_lanes = D::whole(n_rows);
+    D::to_lanes(length, n_rows, from, input);
+    T *out = tape(member, first), *pull = out + 2 * all_hidden * BLOCK;
+    const T* in = input;
+    for (int k = 0; k < n_hidden; ++k) {
+        D::multiply(width(k + 1), {width(k), weight(k, member), width(k), 1, in, bias(k, member), out, false, n_lanes});
+        D::activate(width(k + 1), alpha, out, n_lanes);
+        in = out, out += width(k + 1) * BLOCK;
+    }
+    const T* last = weight(n_hidden, member);
+    D::multiply(1, {width(n_hidden), last, width(n_hidden), 1, in, bias(n_hidden, member), back, false, n_lanes});
+    T* energies = static_cast<T*>(job.energies) + member * job.n_atoms;
+    for (int r = 0; r < n_rows; ++r) energies[job.atoms[first + r]] = back[r];
+
+    const T* above = nullptr;
+    for (int k = n_hidden; k >= 1; --k) {
+        pull -= width(k) * BLOCK, out -= width(k) * BLOCK;
+        if (above) {
+            D::multiply(width(k), {width(k + 1), weight(k, member), 1, width(k), above, nullptr, pull, false, n_lanes});
+        } else {
+            for (int j = 0; j < width(k); ++j)
+                for (int t = 0; t < n_lanes; t += W) S::store(pull + j * BLOCK + t, S::all(last[j]));
+        }
+        D::apply_slope(width(k), alpha, out, pull, n_lanes);
+        above = pull;
+    }
+    D::multiply(length, {width(1), weight(0, member), 1, length, above, nullptr, input, false, n_lanes});
+    block_rows(static_cast<T*>(job.g), member, first, length, to);
+    D::from_lanes(length, n_rows, input, 1, to);
+}
+
+template <class T> void Layers<T>::gradient(int64_t member) {
+    memset(sums, 0, sizeof(T) * numbers);
+    memset(bias_sums, 0, sizeof(T) * (all_hidden + 1));
+    for (int64_t first = 0; first < job.n_rows; first += BLOCK) gradient_block(member, first);
+    store(member);
+}
+
+template <class T> void Layers<T>::gradient_block(int64_t member, int64_t first) {
+    const T *aev[BLOCK], *by_g[BLOCK], *by_energy[BLOCK];
+    const int n_rows = block_rows(static_cast<const T*>(job.aev), 0, first, length, aev), n_lanes = D::whole(n_rows);
+    block_rows(static_cast<const T*>(job.by_g), member, first, length, by_g);
+    block_rows(static_cast<const T*>(job.by_energy), member, first, 1, by_energy);
+    T weights[BLOCK];
+    D::to_lanes(1, n_rows, by_energy, weights);
+    D::to_lanes(length, n_rows, by_g, tangents);
+    const T *hidden = tape(member, first), *pull = hidden + 2 * all_hidden * BLOCK;
+    push(member, hidden, n_lanes);
+    last_layer(weight(n_hidden, member), weights, hidden, n_lanes);
+
+    hidden += all_hidden * BLOCK;
+    const T *tilt = tilts + all_hidden * BLOCK, *tangent = tangents + (length + all_hidden) * BLOCK;
+    T *sum = sums + numbers - D::whole(width(n_hidden)), *bias_sum = bias_sums + all_hidden;
+    T* row[BLOCK];
+    for (int k = n_hidden - 1; k >= 0; --k) {         // from hidden layer k + 1 to its input
+        const int n_out = width(k + 1), n_in = width(k), row_length = D::whole(n_in);
+        hidden -= n_out * BLOCK, pull -= n_out * BLOCK, tilt -= n_out * BLOCK, tangent -= n_out * BLOCK;
+        bias_sum -= n_out, sum -= n_out * row_length;
+        bend(n_out, tilt, pull, hidden, bias_sum, n_lanes);
+        for (T* array : {rows, tangent_rows}) {
+            for (int r = 0; r < n_rows; ++r) {
+                row[r] = array + r * row_length;
+                for (int i = n_in; i < row_length; ++i) row[r][i] = 0;
+            }
+            const bool values = array == rows;
+            if (k) D::from_lanes(n_in, n_rows, (values ? hidden : tangent) - n_in * BLOCK, 1, row);
+            for (int r = 0; !k && r < n_rows; ++r) memcpy(row[r], values ? aev[r] : by_g[r], sizeof(T) * length);
+        }
+        collect(k, n_rows, pull, sum);
+        if (k) D::multiply(n_in, {n_out, weight(k, member), 1, n_in, z_back, nullptr, back, false, n_lanes});
+    }
+}
+
+// Tangents of all layers, and tilts = dz along the tangent.
+template <class T> void Layers<T>::push(int64_t member, const T* hidden, int n_lanes) {
+    const T* in = tangents;
+    T *out = tangents + length * BLOCK, *tilt = tilts;
+    for (int k = 0; k < n_hidden; ++k) {
+        const int n = width(k + 1);
+        D::multiply(n, {width(k), weight(k, member), width(k), 1, in, nullptr, tilt, false, n_lanes});
+        memcpy(out, tilt, sizeof(T) * n * BLOCK);
+        D::apply_slope(n, alpha, hidden, out, n_lanes);
+        in = out, out += n * BLOCK, tilt += n * BLOCK, hidden += n * BLOCK;
+    }
+}
+
+// The output's own weights; and the way back begins.
+template <class T> void Layers<T>::last_layer(const T* weights, const T* by_energy, const T* hidden, int n_lanes) {
+    const int n = width(n_hidden), before = (all_hidden - n) * BLOCK;
+    const T *h = hidden + before, *tangent = tangents + length * BLOCK + before;
+    T* sum = sums + numbers - D::whole(n);
+    for (int j = 0; j < n; ++j) {
+        V total{};
+        for (int t = 0; t < n_lanes; t += W) {
+            const V c = S::load(by_energy + t);
+            total += c * S::load(h + j * BLOCK + t) + S::load(tangent + j * BLOCK + t);
+            S::store(back + j * BLOCK + t, c * weights[j]);
+        }
+        sum[j] += S::sum(total);
+    }
+    V total{};
+    for (int t = 0; t < n_lanes; t += W) total += S::load(by_energy + t);
+    bias_sums[all_hidden] += S::sum(total);
+}
+
+// z_back = tilt pull CELU'' / CELU' + back CELU'; CELU'' is CELU' / alpha where h < 0.
+template <class T>
+void Layers<T>::bend(int n, const T* tilt, const T* pull, const T* hidden, T* bias_sum, int n_lanes) {
+    for (int j = 0; j < n; ++j) {
+        V total{};
+        for (int i = j * BLOCK; i < j * BLOCK + n_lanes; i += W) {
+            const V h = S::load(hidden + i), curved = S::load(tilt + i) * S::load(pull + i) * (T(1) / alpha);
+            const V z = (h < T(0) ? curved : V{}) + S::load(back + i) * D::slope(h, alpha);
+            S::store(z_back + i, z);
+            total += z;
+        }
+        bias_sum[j] += S::sum(total);
+    }
+}
+
+// Add z_back h^T + pull t^T to the sums of a layer's weights: atoms are what is summed over, inputs are in the lanes.
+template <class T> void Layers<T>::collect(int layer, int n_rows, const T* pull, T* sum) {
+    const int n_out = width(layer + 1), n_lanes = D::whole(width(layer));
+    D::multiply(n_out, {n_rows, z_back, BLOCK, 1, rows, nullptr, sum, true, n_lanes, n_lanes, n_lanes});
+    D::multiply(n_out, {n_rows, pull, BLOCK, 1, tangent_rows, nullptr, sum, true, n_lanes, n_lanes, n_lanes});
+}
+
+template <class T> void Layers<T>::store(int64_t member) {
+    const T *sum = sums, *bias_sum = bias_sums;
+    for (int k = 0; k <= n_hidden; ++k) {
+        T* out = static_cast<T*>(job.gradient) + member * job.step + job.offsets[k];
+        for (int o = 0; o < width(k + 1); ++o, sum += D::whole(width(k)))
+            for (int i = 0; i < width(k); ++i) *out++ += sum[i];
+        for (int o = 0; o < width(k + 1); ++o) *out++ += *bias_sum++;
+    }
+}
+
+// ---- a Jacobian that was kept --------------------------------------------------------------------------------------
+
+// Forces F = J g and what their residuals return, v = J^T r, in one pass over J: a few rows at a time, which are still in
+// the cache when they are needed again.
+template <class T> class Response {
+    using S = Simd<T>;
+    using V = typename S::V;
+    static constexpr int W = S::W;
+    static constexpr int ROWS = BYTES == 64 ? 6 : 3, MEMBERS = BYTES == 64 ? 4 : 2, VECTORS = BYTES == 64 ? 2 : 1;
+
+    const ResponseJob& job;
+    const int64_t structure, low, n_atoms, n_rows, n_columns;
+    const T *jacobian, *target, *g;
+    T* v;
+
+public:
+    Response(const ResponseJob& job, int64_t structure)
+        : job(job), structure(structure), low(job.first[structure]), n_atoms(job.first[structure + 1] - low),
+          n_rows(3 * n_atoms + 6), n_columns(n_atoms * job.length),
+          jacobian(static_cast<const T*>(job.jacobians[structure])),
+          target(static_cast<const T*>(job.targets[structure])),
+          g(static_cast<const T*>(job.g) + low * job.length), v(static_cast<T*>(job.v) + low * job.length) {}
+
+    void run() {
+        for (int64_t m = 0; m < job.n_members; ++m) memset(member(v, m), 0, sizeof(T) * n_columns);
+        int64_t row = 0;
+        for (; row + ROWS <= n_rows; row += ROWS) some_rows<ROWS>(row);
+        for (; row < n_rows; ++row) some_rows<1>(row);
+    }
+
+private:
+    template <class U> U* member(U* array, int64_t m) const { return array + m * job.n_atoms * job.length; }
+
+    template <int R> void some_rows(int64_t row) {
+        int64_t m = 0;
+        for (; m + MEMBERS <= job.n_members; m += MEMBERS) some_members<R, MEMBERS>(row, m);
+        for (; m < job.n_members; ++m) some_members<R, 1>(row, m);
+    }
+
+    template <int R, int M> void some_members(int64_t row, int64_t m) {
+        T residual[R][M];
+        multiply<R, M>(row, m, residual);
+        bool any = false;
+        for (int r = 0; r < R; ++r)
+            for (int k = 0; k < M; ++k) {
+                residual[r][k] = respond(row + r, m + k, residual[r][k]);
+                any |= residual[r][k] != 0;
+            }
+        if (any) add<R, M>(row, m, residual);
+    }
+
+    // What rows say about members.
+    template <int R, int M> void multiply(int64_t row, int64_t m, T (&out)[R][M]) const {
+        const T* j = jacobian + row * n_columns;
+        V sum[R][M] = {};
+        int64_t i = 0;
+        for (; i + W <= n_columns; i += W) {
+            V x[M];
+            for (int k = 0; k < M; ++k) x[k] = S::load(member(g, m + k) + i);
+            for (int r = 0; r < R; ++r) {
+                const V y = S::load(j + r * n_columns + i);
+                for (int k = 0; k < M; ++k) sum[r][k] += y * x[k];
+            }
+        }
+        for (int r = 0; r < R; ++r)
+            for (int k = 0; k < M; ++k) out[r][k] = S::sum(sum[r][k]);
+        for (; i < n_columns; ++i)
+            for (int r = 0; r < R; ++r)
+                for (int k = 0; k < M; ++k) out[r][k] += j[r * n_columns + i] * member(g, m + k)[i];
+    }
+
+    // Store what was predicted, and return the derivative of the loss by it.
+    T respond(int64_t row, int64_t m, T predicted) const {
+        const bool force = row < 3 * n_atoms;
+        if (force) {
+            static_cast<T*>(job.forces)[3 * (m * job.n_atoms + low) + row] = predicted;
+        } else {
+            static_cast<T*>(job.virial)[6 * (m * job.n_structures + structure) + row - 3 * n_atoms] = predicted;
+        }
+        if (target[row] != target[row]) return 0;
+        const T off = predicted - target[row], cap = T(job.cap);
+        const T scale = static_cast<const T*>(job.scale)[m * job.n_structures + structure];
+        if (!force) return scale * T(job.virial_scale / double(n_atoms)) * off;
+        return scale * T(job.force_scale / double(n_atoms)) * (off > cap ? cap : off < -cap ? -cap : off);
+    }
+
+    template <int R, int M> void add(int64_t row, int64_t m, const T (&residual)[R][M]) {
+        const T* j = jacobian + row * n_columns;
+        int64_t i = 0;
+        for (; i + VECTORS * W <= n_columns; i += VECTORS * W) {
+            V sum[M][VECTORS];
+            for (int k = 0; k < M; ++k)
+                for (int c = 0; c < VECTORS; ++c) sum[k][c] = S::load(member(v, m + k) + i + c * W);
+            for (int r = 0; r < R; ++r) {
+                V y[VECTORS];
+                for (int c = 0; c < VECTORS; ++c) y[c] = S::load(j + r * n_columns + i + c * W);
+                for (int k = 0; k < M; ++k)
+                    for (int c = 0; c < VECTORS; ++c) sum[k][c] += y[c] * residual[r][k];
+            }
+            for (int k = 0; k < M; ++k)
+                for (int c = 0; c < VECTORS; ++c) S::store(member(v, m + k) + i + c * W, sum[k][c]);
+        }
+        for (; i < n_columns; ++i)
+            for (int r = 0; r < R; ++r)
+                for (int k = 0; k < M; ++k) member(v, m + k)[i] += j[r * n_columns + i] * residual[r][k];
+    }
+};
+
+template <class T> int64_t tape_numbers(const LayersJob& job) { return Layers<T>(job, nullptr).tape_numbers(); }
+template <class T> size_t workspace_bytes(const LayersJob& job) { return Layers<T>(job, nullptr).used; }
+template <class T> void forward(const LayersJob& job, int64_t member, void* workspace) {
+    Layers<T>(job, workspace).forward(member);
+}
+template <class T> void gradient(const LayersJob& job, int64_t member, void* workspace) {
+    Layers<T>(job, workspace).gradient(member);
+}
+template <class T> void respond(const ResponseJob& job, int64_t structure) { Response<T>(job, structure).run(); }
+
+template <class T> constexpr TrainingKernel kernel() {
+    return {tape_numbers<T>, workspace_bytes<T>, forward<T>, gradient<T>, respond<T>};
+}
+
+}  // namespace
+
+#define NAME_(level) level##_training
+#define NAME(level) NAME_(level)
+extern const TrainingKernel NAME(SMELT_SIMD)[2];
+const TrainingKernel NAME(SMELT_SIMD)[2] = {kernel<float>(), kernel<double>()};

@@ -1,0 +1,40 @@
+// What do the entry points (entry.cpp) and the arithmetic of training (training.cpp) agree on?
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+// Networks of one element for all members, in parameters (n_members, step), and some atoms of that element.
+struct LayersJob {
+    int64_t n_members, n_layers, n_rows, n_atoms, step;
+    const int64_t *widths, *offsets;  // (n_layers + 1,); (n_layers,), where each weight (out, in) begins, before its bias
+    double celu_alpha;
+    const void* parameters;
+    const int64_t* atoms;             // (n_rows,)
+    const void* aev;                  // (n_atoms, length)
+    void *energies, *g;               // (n_members, n_atoms) and dE/dAEV (n_members, n_atoms, length)
+    void* tape;                       // (n_members, tape_numbers): what the gradient needs of the forward pass
+    const void *by_energy, *by_g;     // cotangents of energies and g
+    void* gradient;                   // shaped like the parameters; added to
+};
+
+// Structures with Jacobians (3 n + 6, n length) of forces and virial by g, n being the number of their atoms.
+struct ResponseJob {
+    int64_t n_members, length, n_atoms, n_structures;
+    const int64_t* first;             // (n_structures + 1,), first atom of each
+    const void* const* jacobians;
+    const void* const* targets;       // (3 n + 6,) each, not a number where there is none
+    const void* scale;                // (n_members, n_structures)
+    double force_scale, virial_scale, cap;
+    const void* g;                    // (n_members, n_atoms, length)
+    void *forces, *virial;            // (n_members, n_atoms, 3), (n_members, n_structures, 6)
+    void* v;                          // (n_members, n_atoms, length)
+};
+
+// One member, or one structure, at a time; `workspace` is 64-byte aligned and belongs to the caller's thread.
+struct TrainingKernel {
+    int64_t (*tape_numbers)(const LayersJob&);
+    size_t (*workspace_bytes)(const LayersJob&);
+    void (*forward)(const LayersJob&, int64_t member, void* workspace);
+    void (*gradient)(const LayersJob&, int64_t member, void* workspace);
+    void (*respond)(const ResponseJob&, int64_t structure);
+};

@@ -1,0 +1,144 @@
+"""What training asks of the kernels, on every instruction set there is here, against plain PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from potential.kernels import Layout, library, native, reference
+
+pytestmark = pytest.mark.skipif(not native.available(), reason="the C++ kernels are not built")
+
+# Odd widths, more and fewer than there are lanes; several blocks of atoms, the last one not full.
+LENGTH, N_ATOMS, N_MEMBERS, CELU_ALPHA = 37, 200, 5, 0.1
+LAYOUTS = (Layout((LENGTH, 20, 7, 1), (0, 760, 907)), Layout((LENGTH, 33, 1), (915, 2169)))
+N_PARAMETERS = 2203
+# Sums of a few hundred products, relative to the largest number.
+TOLERANCE = {torch.float64: 1e-13, torch.float32: 5e-6}
+
+
+@pytest.fixture(params=["plain", "avx2", "avx512"])
+def simd(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if library.LEVELS.index(request.param) > library.best_level():
+        pytest.skip(f"this processor has no {request.param}")
+    monkeypatch.setenv("SMELT_SIMD", request.param)
+
+
+def gap(ours: Tensor, truth: Tensor) -> float:
+    """Largest deviation, relative to the largest number."""
+    return float((ours.double() - truth.double()).abs().max() / truth.double().abs().max())
+
+
+def pass_through_layers(kernels, dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Energies, g, and the gradient of a loss, of atoms of two elements."""
+    random = torch.manual_seed(0)
+    flat = (torch.randn(N_MEMBERS, N_PARAMETERS, generator=random, dtype=torch.float64) / 4).to(dtype)
+    aev = torch.rand(N_ATOMS, LENGTH, generator=random, dtype=torch.float64).to(dtype)
+    element = torch.randint(len(LAYOUTS), (N_ATOMS,), generator=random)
+    by_energy = torch.randn(N_MEMBERS, N_ATOMS, generator=random, dtype=torch.float64).to(dtype)
+    by_g = torch.randn(N_MEMBERS, N_ATOMS, LENGTH, generator=random, dtype=torch.float64).to(dtype)
+    energies, g, gradient = torch.empty_like(by_energy), torch.empty_like(by_g), torch.zeros_like(flat)
+    for number, layout in enumerate(LAYOUTS):
+        atoms = torch.nonzero(element == number).squeeze(1)
+        tape = kernels.forward_layers(flat, layout, CELU_ALPHA, aev, atoms, energies, g)
+        kernels.backward_layers(flat, layout, CELU_ALPHA, tape, aev, atoms, by_energy, by_g, gradient)
+    return energies, g, gradient
+
+
+def kept_derivatives(kernels, dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Forces, virials and v of structures of 1, 7 and 12 atoms; labels are missing, and some errors beyond the cap."""
+    random, counts = torch.manual_seed(1), (1, 7, 12)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=random, dtype=torch.float64).to(dtype)
+
+    jacobians = [draw(3 * n + 6, n * LENGTH) for n in counts]
+    targets = [draw(3 * n + 6) for n in counts]
+    targets[0][:3] = torch.nan
+    targets[1][-6:] = torch.nan
+    scale = draw(N_MEMBERS, len(counts)).abs()
+    scale[2, 1] = 0  # a member that does not learn from this structure
+    return kernels.respond(jacobians, targets, draw(N_MEMBERS, sum(counts), LENGTH), scale, 0.7, 0.3, 4.0)
+
+
+ARITHMETIC = pytest.mark.parametrize("arithmetic", [pass_through_layers, kept_derivatives])
+Arithmetic = Callable[..., tuple[Tensor, Tensor, Tensor]]
+
+
+@ARITHMETIC
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_results_are_those_of_the_reference(arithmetic: Arithmetic, dtype, simd):
+    truth = arithmetic(reference, torch.float64)
+    for ours, exact in zip(arithmetic(native, dtype), truth, strict=True):
+        assert ours.dtype == dtype
+        assert gap(ours, exact) < TOLERANCE[dtype]
+
+
+@ARITHMETIC
+def test_no_bit_depends_on_the_number_of_threads(arithmetic: Arithmetic, simd):
+    alone, before = arithmetic(native, torch.float32), torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        together = arithmetic(native, torch.float32)
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(x, y) for x, y in zip(alone, together, strict=True))
+
+
+def test_the_derivative_is_that_of_the_loss():
+    random = torch.manual_seed(2)
+    jacobian, target = (
+        torch.randn(18, 4 * LENGTH, generator=random).double(),
+        torch.randn(18, generator=random).double(),
+    )
+    g = torch.randn(2, 4, LENGTH, generator=random).double().requires_grad_()
+    scale, cap = torch.tensor([[1.5], [0.5]]).double(), 3.0
+    off = g.flatten(1) @ jacobian.T - target
+    size = off[:, :12].abs()
+    huber = torch.where(size < cap, size**2 / 2, cap * (size - cap / 2)).sum(1, keepdim=True)
+    loss = scale / 4 * (0.7 * huber + 0.3 / 2 * off[:, 12:].square().sum(1, keepdim=True))
+    (expected,) = torch.autograd.grad(loss.sum(), g)
+    for kernels in (reference, native):
+        assert gap(kernels.respond([jacobian], [target], g.detach(), scale, 0.7, 0.3, cap)[2], expected) < 1e-14
+
+
+def test_an_element_without_atoms_changes_nothing():
+    flat, aev = torch.ones(N_MEMBERS, N_PARAMETERS), torch.ones(3, LENGTH)
+    none, energies, g = (
+        torch.empty(0, dtype=torch.int64),
+        torch.full((N_MEMBERS, 3), 7.0),
+        torch.zeros(N_MEMBERS, 3, LENGTH),
+    )
+    gradient = torch.full_like(flat, 7.0)
+    tape = native.forward_layers(flat, LAYOUTS[0], CELU_ALPHA, aev, none, energies, g)
+    native.backward_layers(flat, LAYOUTS[0], CELU_ALPHA, tape, aev, none, energies, g, gradient)
+    assert (energies == 7).all()
+    assert (gradient == 7).all()
+
+
+@pytest.mark.parametrize("kernels", [native, reference])
+def test_saturated_networks_meet_no_denormal_numbers(kernels):
+    layout = Layout((3, 4, 4, 1), (0, 16, 36))
+    flat, aev, atoms = torch.full((1, 41), -50.0), torch.ones(2, 3), torch.arange(2)
+    energies, g = torch.empty(1, 2), torch.empty(1, 2, 3)
+    tape = kernels.forward_layers(flat, layout, CELU_ALPHA, aev, atoms, energies, g)
+    kept = tape if kernels is native else torch.cat([slope.flatten() for slope in tape.slopes])
+    tiny = torch.finfo(torch.float32).tiny
+    assert torch.isfinite(energies).all()
+    assert ((kept == 0) | (kept.abs() >= tiny)).all()
+    assert g.abs().max() < 1e-6
+
+
+def test_what_does_not_fit_is_refused():
+    flat, aev, atoms = torch.ones(2, N_PARAMETERS), torch.ones(3, LENGTH), torch.arange(3)
+    energies, g = torch.empty(2, 3), torch.empty(2, 3, LENGTH)
+    with pytest.raises(ValueError, match=r"energies is \(2, 4\) on cpu: must be \(2, 3\)"):
+        native.forward_layers(flat, LAYOUTS[0], CELU_ALPHA, aev, atoms, torch.empty(2, 4), g)
+    with pytest.raises(ValueError, match=r"contiguous and torch.float32, as the parameters are"):
+        native.forward_layers(flat, LAYOUTS[0], CELU_ALPHA, aev.double(), atoms, energies, g)
+    short = torch.ones(9, LENGTH - 1), torch.ones(9), torch.ones(2, 1, LENGTH), torch.ones(2, 1)
+    with pytest.raises(ValueError, match=rf"jacobian is \(9, {LENGTH - 1}\) on cpu: must be \(9, {LENGTH}\)"):
+        native.respond([short[0]], [short[1]], short[2], short[3], 1.0, 1.0, 1.0)
