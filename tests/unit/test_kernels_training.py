@@ -125,7 +125,8 @@ def test_saturated_networks_meet_no_denormal_numbers(kernels):
     flat, aev, atoms = torch.full((1, 41), -50.0), torch.ones(2, 3), torch.arange(2)
     energies, g = torch.empty(1, 2), torch.empty(1, 2, 3)
     tape = kernels.forward_layers(flat, layout, CELU_ALPHA, aev, atoms, energies, g)
-    kept = tape if kernels is native else torch.cat([slope.flatten() for slope in tape.slopes])
+    # The native tape has blocks of 64 atoms in the lanes; nothing is written to those that have no atom.
+    kept = tape.view(-1, 64)[:, :2] if kernels is native else torch.cat([slope.flatten() for slope in tape.slopes])
     tiny = torch.finfo(torch.float32).tiny
     assert torch.isfinite(energies).all()
     assert ((kept == 0) | (kept.abs() >= tiny)).all()
