@@ -78,7 +78,7 @@ def plot_learning_curve(models: Sequence[Mapping[str, Any]], path: Path, title: 
     # Here, because it takes half a second that `smelt status` does not need.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+    from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
     figure = Figure(figsize=(9, 4), layout="constrained")
     FigureCanvasAgg(figure)
@@ -87,9 +87,11 @@ def plot_learning_curve(models: Sequence[Mapping[str, Any]], path: Path, title: 
         axes.loglog([x for x, _, _ in points], [y for _, y, _ in points], "o-", color=colour)
         for x, y, generation in points:
             axes.annotate(str(generation), (x, y), (4, 5), textcoords="offset points", fontsize=8)
+        axes.margins(0.08)
         for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axis.set_major_formatter(ScalarFormatter())
+            low, high = axis.get_view_interval()
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high > 10 * low else (1, 1.2, 1.5, 2, 3, 4, 5, 6, 8)))
+            axis.set_major_formatter(FormatStrFormatter("%g"))
             axis.set_minor_formatter(NullFormatter())
         axes.set_xlabel("labels in the training set")
         axes.set_ylabel(label)
