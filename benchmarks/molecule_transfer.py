@@ -1,17 +1,15 @@
 """Does a transferred committee beat the DFT it was first trained on, and one trained on coupled cluster alone?
 
-    smelt build configs/chno-small.toml train.h5 --frames 300 --seed 1
-    smelt build configs/chno-small.toml test.h5 --frames 40 --seed 2 --test
-    smelt label configs/chno-small.toml train.h5 low            # wB97X/6-31G*
-    smelt label configs/chno-small.toml test.h5 low-test
-    sed 's/engine = "pyscf"/engine = "composite"/' configs/chno-small.toml > high.toml
-    smelt label high.toml train.h5 high                         # CCSD(T)*/CBS; --index to label fewer frames
-    smelt label high.toml test.h5 high-test
-    python benchmarks/molecule_transfer.py configs/chno-small.toml low high low-test high-test runs/transfer
+    python benchmarks/molecule_transfer.py configs/chno-small.toml LABELS DEST
 
-Molecules of the test frames are unknown to both sets of training frames. Errors in kcal/mol, mean and standard
-deviation over seeds: of total energies, after one constant per element (for the DFT: fitted to the coupled-cluster
-training frames), and of energy differences between geometries of one formula, where no constant helps.
+docs/molecules.md says how LABELS is made: folders of labels to train on, xtb (GFN2-xTB; may be missing), dft
+(wB97X/6-31G*) and cc (CCSD(T)*/CBS), and to test on, xtb-test, dft-test and cc-test, of molecules whose formulas no
+level was trained on. dft-known and cc-known, where they are there, hold other geometries of molecules of cc.
+
+Errors in kcal/mol against coupled cluster, mean and standard deviation over seeds: of total energies, and of energy
+differences between frames of one formula. What a lower level says is first raised by one constant per element, fitted
+to the frames of cc that it labeled, too. What has been trained is not trained again, so that seeds can be trained at
+the same time, each with its own --seeds.
 """
 
 from __future__ import annotations
@@ -19,11 +17,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from ase.data import chemical_symbols
 from numpy.typing import NDArray
 
 from campaign.config import load_campaign
@@ -35,12 +36,37 @@ from trainer.dataset import fit_self_energies
 from trainer.stage import train, transfer
 
 Floats = NDArray[np.float64]
-LOWER = "committee on the lower level"
+THEORIES = {"xtb": "GFN2-xTB", "dft": "wB97X/6-31G*"}
+TESTS = {"test": "unknown molecules", "known": "other geometries of known molecules"}
+# Thousands of cheap labels want fewer epochs than hundreds of dear ones.
+MANY_LABELS = {"batch": 64, "patience": 5, "max_epochs": 60}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One committee: trained on the labels of a level, from the start of another step or from random weights."""
+
+    name: str
+    title: str
+    level: str
+    start: str = ""
+    freeze: bool = False
+
+
+STEPS = (
+    Step("xtb", "trained on GFN2-xTB", "xtb"),
+    Step("parent", "GFN2-xTB, then wB97X: the parent", "dft", "xtb"),
+    Step("transferred", "parent carried to CC, layers 1 and 3 frozen", "cc", "parent", freeze=True),
+    Step("unfrozen", "parent carried to CC, nothing frozen", "cc", "parent"),
+    Step("dft", "trained on wB97X alone", "dft"),
+    Step("dft-transferred", "that carried to CC, layers 1 and 3 frozen", "cc", "dft", freeze=True),
+    Step("scratch", "trained on CC alone", "cc"),
+)
 
 
 @dataclass(frozen=True)
 class Labels:
-    """Frames and energies, eV, by frame id."""
+    """Frames and energies, eV, by frame id; none where there is no such folder."""
 
     frames: dict[str, Frame]
     energies: dict[str, float]
@@ -54,70 +80,100 @@ class Labels:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("config", type=Path)
-    for name in ("low", "high", "low_test", "high_test", "dest"):
-        parser.add_argument(name, type=Path)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("labels", type=Path)
+    parser.add_argument("dest", type=Path)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", nargs="+", default=[step.name for step in STEPS], help="only these, in turn")
     options = parser.parse_args()
     config = load_campaign(options.config)
-    elements = config.campaign.elements
-    high, test_low, test_high = map(Labels.read, (options.high, options.low_test, options.high_test))
-    ids = sorted(set(test_low.energies) & set(test_high.energies))
-    frames = [test_high.frames[id] for id in ids]
-    exact = np.array([test_high.energies[id] for id in ids])
-    low, formulas = Labels.read(options.low), {_formula(frame) for frame in frames}
-    print(
-        f"{len(low.frames)} frames at the lower level, {len(high.frames)} at the higher;"
-        f" tested on {len(ids)} frames of {len(formulas)} formulas unknown to both"
-    )
-    raised = _constants(low, high, frames, elements)
-    dft = np.array([test_low.energies[id] for id in ids]) + raised
-    results = {"wB97X/6-31G*, the labels themselves": [_errors(dft - exact, frames)]}
-    for seed in range(options.seeds):
-        for name, model in _models(config, options, seed).items():
-            energies = _energies(model, frames) + (raised if name == LOWER else 0.0)
-            results.setdefault(name, []).append(_errors(energies - exact, frames))
-    print(f"{'':38} total energies RMSE, MAE      differences within a formula RMSE, MAE   (kcal/mol)")
-    for name, rows in results.items():
-        means, spreads = np.mean(rows, axis=0), np.std(rows, axis=0, ddof=1 if len(rows) > 1 else 0)
-        figures = [f"{mean:6.2f} +- {spread:4.2f}" for mean, spread in zip(means, spreads, strict=True)]
-        print(f"{name:38} {figures[0]}  {figures[1]}    {figures[2]}  {figures[3]}")
-    table = {name: np.array(rows).tolist() for name, rows in results.items()}
-    (options.dest / "errors.json").write_text(json.dumps(table))
+    data = {level: Labels.read(options.labels / level) for level in ("xtb", "dft", "cc")}
+    tests = {name: _read_test(options.labels, name) for name in TESTS if (options.labels / f"cc-{name}").is_dir()}
+    _refuse_known(data, tests["test"]["cc"])
+    for level, labels in data.items():
+        print(f"{level}: {len(labels.frames)} frames of {len(_formulas(labels))} formulas")
+    steps = [step for step in STEPS if step.name in options.steps and _possible(step, data)]
+    models = {(step, seed): _train(step, seed, config, options) for seed in options.seeds for step in steps}
+    errors = {name: _all_errors(test, data, models, config.campaign.elements) for name, test in tests.items()}
+    for name, rows in errors.items():
+        _print(name, tests[name]["cc"], rows)
+    table = {
+        name: {"formulas": [_formula(frame) for frame in tests[name]["cc"].frames.values()]}
+        | {title: np.asarray(off).tolist() for title, off in rows.items()}
+        for name, rows in errors.items()
+    }
+    (options.dest / "errors.json").write_text(json.dumps(table, indent=1))
+    _plot(table["test"], options.dest / "errors.png")
     return 0
 
 
-def _models(config, options: argparse.Namespace, seed: int) -> dict[str, Path]:
-    """One committee of each kind; what was trained before is not trained again."""
-    elements, shape, settings = config.campaign.elements, config.potential, config.trainer
-    settings = settings.model_copy(update={"warm_start": False, "ranks": 1})
-    folders = {name: options.dest / f"{name}-{seed}" for name in ("parent", "transferred", "distilled", "scratch")}
-    models = {name: folder / "model.safetensors" for name, folder in folders.items()}
-    low, high = options.low / "manifest.jsonl", options.high / "manifest.jsonl"
-    outcomes = [train(low, shape, settings, elements, folders["parent"], seed=seed)]
-    for name, forces in (("transferred", "labels"), ("distilled", "distilled")):
-        asked = config.transfer.model_copy(update={"forces": forces})
-        outcomes.append(transfer(high, models["parent"], settings, asked, folders[name], seed=seed))
-    outcomes.append(train(high, shape, settings, elements, folders["scratch"], seed=seed))
-    for outcome in outcomes:
-        if outcome.failure:
-            sys.exit(f"{outcome.stage}: {outcome.failure.message} ({outcome.failure.log})")
-    named = {"parent": LOWER, "transferred": "transferred, energies alone"}
-    named |= {"distilled": "transferred, forces distilled", "scratch": "committee on the higher level alone"}
-    return {named[name]: model for name, model in models.items()}
+def _read_test(labels: Path, name: str) -> dict[str, Labels]:
+    """The frames that coupled cluster and, where there are any, all lower levels have labeled, in one order."""
+    levels = {level: Labels.read(labels / f"{level}-{name}") for level in ("xtb", "dft", "cc")}
+    levels = {level: each for level, each in levels.items() if each.frames}
+    ids = sorted(set.intersection(*(set(each.frames) for each in levels.values())))
+    return {
+        level: Labels({id: each.frames[id] for id in ids}, {id: each.energies[id] for id in ids})
+        for level, each in levels.items()
+    }
+
+
+def _refuse_known(data: dict[str, Labels], test: Labels) -> None:
+    for level, labels in data.items():
+        if both := _formulas(labels) & _formulas(test):
+            sys.exit(f"{level}: holds {', '.join(sorted(both))}, which are to be tested on")
+
+
+def _possible(step: Step, data: dict[str, Labels]) -> bool:
+    """Without labels of GFN2-xTB everything that begins with them is left out."""
+    starts = {each.name: each for each in STEPS}
+    return bool(data[step.level].frames) and (not step.start or _possible(starts[step.start], data))
+
+
+def _train(step: Step, seed: int, config: Any, options: argparse.Namespace) -> Path:
+    """The model of a step; what was trained before is not trained again."""
+    settings = config.trainer.model_copy(update={"warm_start": False, "ranks": 1})
+    dest, labels = options.dest / f"{step.name}-{seed}", options.labels / step.level / "manifest.jsonl"
+    if step.start:
+        asked = config.transfer if step.freeze else config.transfer.model_copy(update={"freeze": ()})
+        start = options.dest / f"{step.start}-{seed}" / "model.safetensors"
+        outcome = transfer(labels, start, settings, asked, dest, seed=seed)
+    else:
+        settings = settings.model_copy(update=MANY_LABELS) if step.level == "xtb" else settings
+        outcome = train(labels, config.potential, settings, config.campaign.elements, dest, seed=seed)
+    if outcome.failure:
+        sys.exit(f"{step.name}: {outcome.failure.message} ({outcome.failure.log})")
+    print(f"{step.name}, seed {seed}: {outcome.facts['epochs']} epochs, {outcome.facts['seconds']:.0f} s", flush=True)
+    return dest / "model.safetensors"
+
+
+def _all_errors(
+    test: dict[str, Labels], data: dict[str, Labels], models: dict[tuple[Step, int], Path], elements: tuple[str, ...]
+) -> dict[str, list[Floats]]:
+    """Errors of each frame, kcal/mol, by title and seed."""
+    frames, exact = list(test["cc"].frames.values()), np.array(list(test["cc"].energies.values()))
+    raised = {level: _constants(data[level], data["cc"], frames, elements) for level in data}
+    errors = {}
+    for level, title in THEORIES.items():
+        if level in test:
+            errors[f"{title} itself"] = [np.array(list(test[level].energies.values())) + raised[level] - exact]
+    for (step, _), model in models.items():
+        errors.setdefault(step.title, []).append(_energies(model, frames) + raised[step.level] - exact)
+    return {title: [off / KCAL_MOL_eV for off in rows] for title, rows in errors.items()}
 
 
 def _constants(low: Labels, high: Labels, frames: list[Frame], elements: tuple[str, ...]) -> Floats:
     """What one constant per element adds to each frame, from training frames that have both labels."""
     both = sorted(set(low.energies) & set(high.energies))
+    if low is high or not both:
+        return np.zeros(len(frames))
     counts = _counts([high.frames[id] for id in both], elements)
     shift = fit_self_energies(counts, np.array([high.energies[id] - low.energies[id] for id in both]))
     return np.asarray(_counts(frames, elements) @ shift)
 
 
 def _counts(frames: list[Frame], elements: tuple[str, ...]) -> NDArray[np.int64]:
-    from ase.data import atomic_numbers
-
-    return np.array([[(frame.numbers == atomic_numbers[each]).sum() for each in elements] for frame in frames])
+    symbols = [[chemical_symbols[number] for number in frame.numbers] for frame in frames]
+    return np.array([[each.count(element) for element in elements] for each in symbols])
 
 
 def _energies(model: Path, frames: list[Frame]) -> Floats:
@@ -126,18 +182,58 @@ def _energies(model: Path, frames: list[Frame]) -> Floats:
     return np.asarray(committee.evaluate(structures, forces="none").energy.numpy())
 
 
-def _errors(off: Floats, frames: list[Frame]) -> list[float]:
-    """RMSE and MAE of all, then of what is left when the mean of each formula is taken off, kcal/mol."""
-    groups: dict[str, list[int]] = {}
-    for index, frame in enumerate(frames):
-        groups.setdefault(_formula(frame), []).append(index)
-    within = np.concatenate([off[rows] - off[rows].mean() for rows in groups.values() if len(rows) > 1])
-    figures = [figure for each in (off, within) for figure in (np.sqrt((each**2).mean()), np.abs(each).mean())]
-    return [float(figure) / KCAL_MOL_eV for figure in figures]
+def _print(name: str, test: Labels, rows: dict[str, list[Floats]]) -> None:
+    print(f"\n{TESTS[name]}: {len(test.frames)} frames of {len(_formulas(test))} formulas, kcal/mol")
+    print(f"{'':44} total energies RMSE, MAE         differences within a formula RMSE, MAE")
+    formulas = [_formula(frame) for frame in test.frames.values()]
+    for title, by_seed in rows.items():
+        figures = np.array([_summary(off, formulas) for off in by_seed])
+        means, spreads = figures.mean(axis=0), figures.std(axis=0, ddof=1 if len(figures) > 1 else 0)
+        cells = [f"{mean:6.2f} +- {spread:4.2f}" for mean, spread in zip(means, spreads, strict=True)]
+        print(f"{title:44} {'  '.join(cells)}")
+
+
+def _summary(off: Floats, formulas: list[str]) -> list[float]:
+    """RMSE and MAE of all, then of what is left when the mean of each formula is taken off."""
+    groups = [np.flatnonzero(np.array(formulas) == formula) for formula in sorted(set(formulas))]
+    within = np.concatenate([off[rows] - off[rows].mean() for rows in groups if len(rows) > 1])
+    return [float(figure) for each in (off, within) for figure in (np.sqrt((each**2).mean()), np.abs(each).mean())]
+
+
+def _plot(table: dict[str, Any], path: Path) -> None:
+    """RMSE of total energies by formula: mean over seeds, and their standard deviation as a bar."""
+    from matplotlib.figure import Figure
+
+    formulas = np.array(table["formulas"])
+    names = sorted(set(formulas), key=lambda formula: (sum(map(str.isdigit, formula)), formula))
+    shown = {f"{THEORIES['dft']} itself": "0.4"}
+    shown |= {step.title: f"C{i}" for i, step in enumerate(s for s in STEPS if s.name in SHOWN)}
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    axes = figure.subplots()
+    for place, (title, colour) in enumerate((title, shown[title]) for title in shown if title in table):
+        squares = np.array(table[title]) ** 2
+        rmse = [np.sqrt(squares[:, formulas == name].mean(axis=1)) for name in names] + [np.sqrt(squares.mean(axis=1))]
+        x = np.arange(len(rmse)) + (place - 1.5) / 5
+        means, spreads = [each.mean() for each in rmse], [each.std(ddof=min(1, len(each) - 1)) for each in rmse]
+        axes.bar(x, means, 0.2, yerr=spreads, color=colour, label=title, capsize=2)
+    axes.set_xticks(range(len(names) + 1), [*names, "all"])
+    axes.set_yscale("log")
+    axes.set_ylabel("RMSE of total energies\nagainst CCSD(T)*/CBS, kcal/mol")
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+SHOWN = ("parent", "transferred", "scratch")
+
+
+def _formulas(labels: Labels) -> set[str]:
+    return {_formula(frame) for frame in labels.frames.values()}
 
 
 def _formula(frame: Frame) -> str:
-    return " ".join(map(str, sorted(frame.numbers.tolist())))
+    """Such as C2H6O."""
+    counts = Counter(chemical_symbols[number] for number in frame.numbers)
+    return "".join(f"{each}{counts[each] if counts[each] > 1 else ''}" for each in ("C", "H", "N", "O") if counts[each])
 
 
 if __name__ == "__main__":
