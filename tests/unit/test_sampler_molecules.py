@@ -4,19 +4,24 @@ from importlib.util import find_spec
 
 import numpy as np
 import pytest
+import torch
 from ase.data import vdw_radii
 from ase.neighborlist import natural_cutoffs, neighbor_list
 from typer.testing import CliRunner
 
 from campaign.cli import app
 from campaign.config import load_campaign
+from campaign.reference import CONFIGS
 from potential.committee import Committee
 from potential.config import PotentialSettings
 from potential.model_file import save_committee
+from sampler.batch import Walker
 from sampler.config import BuilderSettings, MoleculeSettings, SamplerSettings
 from sampler.cutting import cut_out
+from sampler.engine import Tally, run_walkers
 from sampler.geometries import molecule_frame, normal_modes
 from sampler.molecules import conformer, draw_molecule, fragments, parse_molecule, read_library, split
+from sampler.schedules import draw_schedule
 from sampler.stage import build, sample
 from shards.atoms import to_atoms
 from shards.frame import Frame
@@ -230,6 +235,33 @@ def test_walkers_in_boxes_leave_dimers(tmp_path):
     assert frames
     assert all(sorted(frame.numbers) == [1, 1, 1, 1, 8, 8] and not frame.pbc.any() for frame in frames)
     assert {frame.origin.kind for frame in frames} == {"walker"}
+
+
+def test_nanoreactor_heats_and_compresses_boxes_of_molecules():
+    config = load_campaign(CONFIGS / "nanoreactor-gfn2.toml")
+    settings = config.builder.molecules.model_copy(update={"kinds": {"box": 1.0}})
+    library = read_library(ELEMENTS, settings)
+    committee = Committee.from_settings(config.potential, ELEMENTS, seed=1).to(torch.float32)
+    # Every walker goes on to the end of its schedule, and leaves the last box.
+    never = {"force_mean_threshold_eV_A": 1e6, "energy_threshold_meV": 0.0, "max_force_eV_A": 1e6}
+    never |= {"max_temperature_K": 1e6, "minimum_distance_A": 0.0}
+    blind = config.sampler.model_copy(
+        update=never | {"max_time_ps": 0.1, "on_timeout": "most_uncertain", "settle_steps": 0}
+    )
+    starts = {seed: molecule_frame(library, settings, seed) for seed in range(8)}
+    walkers = [Walker(seed, start, draw_schedule(blind, seed)) for seed, start in starts.items()]
+    ends = list(run_walkers(iter(walkers), committee, blind, tally=Tally()))
+    factors = {}
+    for end in ends:
+        frame, start = end.frame, starts[end.frame.origin.seed]
+        assert frame.pbc.all()
+        schedule = draw_schedule(blind, frame.origin.seed)
+        factors[frame.origin.seed] = start.volume_A3 / frame.volume_A3
+        assert factors[frame.origin.seed] == pytest.approx(schedule.density_factor(frame.origin.time_fs), rel=1e-3)
+        assert sorted(frame.numbers) == sorted(start.numbers)
+    assert len(factors) == len(starts)
+    assert min(factors.values()) < 1.1
+    assert max(factors.values()) > 2.5
 
 
 HCN = "[H:1][C:2]#[N:3]>>[C-:2]#[N+:3][H:1]"
