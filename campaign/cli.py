@@ -330,15 +330,19 @@ def validate(
     dest: Annotated[Path, typer.Argument(metavar="DEST", help="The folder for labels, validation.json and a plot.")],
     suite: Annotated[str, typer.Option(help="What is tested: molecule.")] = "molecule",
     molecules: Annotated[int, typer.Option(help="At most so many molecules, smallest first.", min=1)] = 10,
+    reactions: Annotated[
+        Path | None, typer.Option(help="A file of reaction energies and barriers to test; see docs/molecules.md.")
+    ] = None,
     seed: Seed = 0,
 ) -> None:
-    """Test a committee against the quantum code: conformers, torsions, stretches, dimers, reactions, frequencies."""
+    """Test a committee against the quantum code: conformers, torsions, stretches, dimers, reactions, frequencies,
+    barriers."""
     from campaign.config import load_campaign
     from campaign.validation import validate_molecules
 
     if suite != "molecule":
         raise SettingsError(f"--suite {suite}: there is molecule")
-    _report(validate_molecules(load_campaign(config), model, dest, molecules, seed))
+    _report(validate_molecules(load_campaign(config), model, dest, molecules, seed, reactions))
 
 
 @app.command()

@@ -40,7 +40,7 @@ class Probe:
     """One property of one molecule. values = weights @ energies: (n_values,), eV, over `at`.
 
     frames: n. weights: (n_values, n), none for "frequencies", which come from forces. at: (n_values,), angle in
-    degrees, factor of a length, or index.
+    degrees, factor of a length, or index. published: (n_values,), eV, in place of labels.
     """
 
     test: str
@@ -48,6 +48,7 @@ class Probe:
     frames: tuple[Frame, ...]
     weights: Floats
     at: tuple[float, ...]
+    published: Floats | None = None
 
 
 def molecule_probes(molecules: Sequence[Molecule], seed: int) -> Iterator[Probe]:

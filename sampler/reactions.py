@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from sampler.molecules import Molecule, parse_molecule, relaxed
 from shards.settings import SettingsError
 
-__all__ = ["Reaction", "parse_reaction", "path_point"]
+__all__ = ["Reaction", "parse_reaction", "path_ends", "path_point"]
 
 Floats = NDArray[np.float64]
 
@@ -62,7 +62,7 @@ def path_point(reaction: Reaction, stream: np.random.Generator) -> tuple[NDArray
     Raises:
         EmbeddingError
     """
-    first, last = (_in_order(relaxed(side, reaction.smiles, stream)) for side in reaction.sides)
+    first, last = path_ends(reaction, stream)
     minimize_rotation_and_translation(first, last)
     numbers, start, end = first.numbers, first.positions, last.positions
     images = [Atoms(numbers, start) for _ in range(N_IMAGES - 1)] + [Atoms(numbers, end)]
@@ -79,6 +79,16 @@ def path_point(reaction: Reaction, stream: np.random.Generator) -> tuple[NDArray
     before = min(int(at), N_IMAGES - 2)
     fraction = at - before
     return numbers, (1 - fraction) * images[before].positions + fraction * images[before + 1].positions
+
+
+def path_ends(reaction: Reaction, stream: np.random.Generator) -> tuple[Atoms, Atoms]:
+    """Both sides at minima of a force field, their atoms in the same order.
+
+    Raises:
+        EmbeddingError
+    """
+    first, last = (_in_order(relaxed(side, reaction.smiles, stream)) for side in reaction.sides)
+    return first, last
 
 
 def _mapped(half: str, smiles: str) -> Any:
