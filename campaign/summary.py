@@ -73,16 +73,20 @@ def write_summary(run_dir: Path, state: State) -> dict[str, Any]:
 def plot_learning_curve(models: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
     """Plot errors on the held-out set against the number of training labels, both logarithmic.
 
-    models: rows of a summary's learning curve, each with its `holdout` table.
+    models: rows of a summary's learning curve, each with its `holdout` table. Where labels have no forces, energies
+    are alone.
     """
     # Here, because it takes half a second that `smelt status` does not need.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
-    figure = Figure(figsize=(9, 4), layout="constrained")
+    panels = [panel for panel in PANELS if all(panel[0] in row["holdout"] for row in models)]
+    figure = Figure(figsize=(4.5 * len(panels), 4), layout="constrained")
     FigureCanvasAgg(figure)
-    for axes, (name, factor, label, colour) in zip(figure.subplots(1, 2), PANELS, strict=True):
+    for axes, (name, factor, label, colour) in zip(
+        figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
+    ):
         points = [(row["n_labels"], factor * row["holdout"][name], row["generation"]) for row in models]
         axes.loglog([x for x, _, _ in points], [y for _, y, _ in points], "o-", color=colour)
         for x, y, generation in points:

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+from matplotlib.image import imread
 from rich.console import Console
 
 from campaign import cli
@@ -249,6 +250,15 @@ def test_summary_is_left_as_json_and_as_a_picture(run_dir):
 def test_learning_curve_of_one_model_is_drawn(tmp_path):
     plot_learning_curve([{"n_labels": 10, "generation": 1, "holdout": HOLDOUT}], tmp_path / "curve.png", "one")
     assert (tmp_path / "curve.png").stat().st_size > 10_000
+
+
+def test_learning_curve_of_labels_without_forces_has_energies_alone(tmp_path):
+    energies = {name: value for name, value in HOLDOUT.items() if "force" not in name}
+    rows = [{"n_labels": 10, "generation": 1, "holdout": holdout} for holdout in (HOLDOUT, energies)]
+    for row, path in zip(rows, ("both.png", "energies.png"), strict=True):
+        plot_learning_curve([row], tmp_path / path, "one")
+    both, alone = (imread(tmp_path / path) for path in ("both.png", "energies.png"))
+    assert alone.shape[1] == both.shape[1] / 2
 
 
 def test_committed_reference_files_are_those_the_settings_make():
