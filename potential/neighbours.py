@@ -80,11 +80,19 @@ class SkinList:
     def _holds(self, structures: Structures) -> bool:
         assert self._built is not None
         built, inverse, _ = self._built
-        if not (torch.equal(built.n_atoms, structures.n_atoms) and torch.equal(built.pbc, structures.pbc)):
+        if not (_same(built.n_atoms, structures.n_atoms) and _same(built.pbc, structures.pbc)):
             return False
-        strain = None
         slack = inverse.new_full((structures.n_frames,), self.skin_A)
-        if not torch.equal(built.cell, structures.cell):
-            strain = inverse @ complete_cells(structures)
-            slack = (self.cutoff_A + self.skin_A) * torch.linalg.matrix_norm(strain, -2) - self.cutoff_A
+        moved = kernels.have_moved(structures, built.positions, None, slack).any()
+        # As a rule nothing has changed: learn it with one look at the device.
+        if not moved | (built.cell != structures.cell).any():
+            return True
+        if torch.equal(built.cell, structures.cell):
+            return False
+        strain = inverse @ complete_cells(structures)
+        slack = (self.cutoff_A + self.skin_A) * torch.linalg.matrix_norm(strain, -2) - self.cutoff_A
         return not kernels.have_moved(structures, built.positions, strain, slack).any()
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one is other or torch.equal(one, other)

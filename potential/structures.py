@@ -63,6 +63,12 @@ class Structures:
         """(B + 1,): atoms of frame b are first_atom[b] .. first_atom[b + 1]."""
         return torch.nn.functional.pad(self.n_atoms.cumsum(0), (1, 0))
 
+    @functools.cached_property
+    def atoms_by_species(self) -> tuple[torch.Tensor, ...]:
+        """For each species up to the last that is there, (n,): its atoms in order."""
+        counts: list[int] = torch.bincount(self.species).tolist()
+        return self.species.argsort(stable=True).split(counts)
+
     @property
     def volume(self) -> torch.Tensor:
         """(B,), A^3; zero where the cell does not span space."""

@@ -1,8 +1,8 @@
 """Which implementation of neighbours, AEVs, networks and pair sums runs? The fastest for these tensors; callers never
 know.
 
-`reference` (plain PyTorch) defines the answer; `native` (C++) is used for tensors on the CPU when it was built. The
-environment variable SMELT_KERNELS=reference|native forces one of them, for tests.
+`reference` (plain PyTorch) defines the answer; `native` (C++) is used for tensors on the CPU when it was built, `gpu`
+(Triton) for those on a GPU. The environment variable SMELT_KERNELS=reference|native|gpu forces one of them, for tests.
 """
 
 from __future__ import annotations
@@ -242,8 +242,10 @@ def implementation(vec: torch.Tensor) -> str:
 
 def _kernels(vec: torch.Tensor) -> ModuleType:
     forced = os.environ.get("SMELT_KERNELS", "")
-    if forced not in ("", "reference", "native"):
-        raise ValueError(f"SMELT_KERNELS = {forced!r}: must be reference or native")
+    if forced not in ("", "reference", "native", "gpu"):
+        raise ValueError(f"SMELT_KERNELS = {forced!r}: must be reference, native or gpu")
+    if forced == "gpu" or (forced == "" and vec.device.type == "cuda"):
+        return _gpu() or reference
     if forced == "reference" or vec.device.type != "cpu":
         return reference
     native = _native()
@@ -252,6 +254,18 @@ def _kernels(vec: torch.Tensor) -> ModuleType:
     if forced == "native":
         raise RuntimeError("SMELT_KERNELS = native: the C++ kernels are not built; reinstall smelt with a compiler")
     return reference
+
+
+@functools.cache
+def _gpu() -> ModuleType | None:
+    """The Triton kernels, or None after one warning."""
+    try:
+        from potential.kernels import gpu
+    except ImportError as error:
+        message = f"no Triton ({error}): plain PyTorch runs on the GPU, several times slower"
+        warnings.warn(message, RuntimeWarning, stacklevel=4)
+        return None
+    return gpu
 
 
 def native_available() -> bool:

@@ -21,7 +21,8 @@ FLAT_CELL = "frame {} of the batch: its periodic axes span no volume: give three
 NOT_FINITE = "frame {} of the batch: positions or cell are not finite, or atoms are too far away"
 
 BINS_PER_CUTOFF = 2  # finer bins hug the sphere closer but there are more of them to visit
-PAIRS_PER_BLOCK = 200_000  # candidate pairs held at a time: bounds memory, and larger blocks leave the cache
+# Candidate pairs held at a time: bounds memory. Larger blocks leave the cache of a CPU, smaller ones do not fill a GPU.
+PAIRS_PER_BLOCK, PAIRS_PER_BLOCK_GPU = 200_000, 20_000_000
 TOLERANCE_A = 1e-6  # widens the search, not the list: positions on a bin's border may round to either side
 FLATTEST = 1e-12  # volume of a cell, beside that of a box with its edges
 MOST_TURNS = 1e9  # of an atom round its cell, so that shifts fit 32 bits
@@ -98,7 +99,8 @@ class _Bins:
         n_offsets = (2 * self.reach + 1).prod(1)
         mean_per_bin = max(1.0, len(self.order) / len(self.count))
         cost = (self.count[occupied] * n_offsets[frame] * mean_per_bin).cumsum(0)
-        n_blocks = math.ceil(float(cost[-1]) / PAIRS_PER_BLOCK)
+        at_a_time = PAIRS_PER_BLOCK if cost.device.type == "cpu" else PAIRS_PER_BLOCK_GPU
+        n_blocks = math.ceil(float(cost[-1]) / at_a_time)
         ends = torch.arange(1, n_blocks, device=cost.device, dtype=cost.dtype) * (cost[-1] / n_blocks)
         edges = [0, *torch.searchsorted(cost, ends).tolist(), len(occupied)]
         for low, high in itertools.pairwise(edges):

@@ -14,14 +14,17 @@ features are computed again rather than stored.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from potential.aev import ANGLE_SCALE, AEVParameters
+from potential.kernels import blocks
 from potential.kernels.bins import find_pairs
 from potential.kernels.layers import backward_layers, forward_layers, respond
 from potential.kernels.motion import drift, kick, normals
@@ -130,47 +133,10 @@ def aev_jvp(
     return out
 
 
-def evaluate(
-    structures: Structures,
-    row: torch.Tensor,
-    other: torch.Tensor,
-    shift: torch.Tensor,
-    p: AEVParameters,
-    stacks: Sequence[Stack],
-    self_energies: torch.Tensor,
-    celu_alpha: float,
-    n_gradients: int,
-    stress: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Energies (M, B), eV, float64; forces (G, N, 3), eV/A; stress (G, B, 3, 3), eV/A^3, float64, or None.
-
-    stacks: one per element. self_energies: (n_elements,), eV, float64. n_gradients, G: the number of members, 1 for the
-    mean of theirs, or 0. Pairs beyond the cutoffs may be in the list. Forces are in the dtype of the networks. Stress
-    is symmetric, and not a number where the cell has no volume.
-    """
-    first = stacks[0].weights[0]
-    vec = pair_vectors(structures, row, other, shift, first.dtype)
-    species_other = structures.species.index_select(0, other)
-    aev = aev_forward(vec, row, species_other, p)
-    atomic, gradient = aev.new_empty(len(first), len(aev)), aev.new_empty(n_gradients, *aev.shape)
-    for element, stack in enumerate(stacks):
-        atoms = (structures.species == element).nonzero().squeeze(1)
-        networks(aev, atoms, stack, celu_alpha, atomic, gradient)
-    atomic = atomic.double() + self_energies.to(atomic.device)[structures.species]
-    energies = atomic.new_zeros(len(first), structures.n_frames).index_add_(1, structures.frame_of_atom, atomic)
-    if not n_gradients:
-        return energies, aev.new_empty(0, len(aev), 3), None
-    pair = aev_vjp(vec, row, species_other, gradient, p)
-    stresses = _stress(pair, vec, row[structures.first_atom].tolist(), structures.volume) if stress else None
-    return energies, pair_sums(pair, row, other), stresses
-
-
-def _stress(pair: torch.Tensor, vec: torch.Tensor, ends: Sequence[int], volume: torch.Tensor) -> torch.Tensor:
-    """(G, B, 3, 3): sum over the pairs of each frame of vec (x) dE/dvec / volume, from pair forces (G, E, 3)."""
-    frames = [torch.matmul(vec[low:high].T, pair[:, low:high]) for low, high in itertools.pairwise(ends)]
-    virial = torch.stack(frames, dim=1).double()
-    volume = volume.double()
-    return (virial + virial.transpose(2, 3)) / torch.where(volume > 0, 2 * volume, torch.nan)[:, None, None]
+def celu(value: torch.Tensor, alpha: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """CELU and its slope."""
+    slope = (value.clamp(max=0) * (LOG2_E / alpha)).clamp_(min=LOWEST_EXPONENT).exp2_()
+    return torch.add(value.relu(), slope - 1, alpha=alpha), slope
 
 
 def networks(
@@ -180,40 +146,31 @@ def networks(
     celu_alpha: float,
     energies: torch.Tensor,
     gradient: torch.Tensor,
+    activate: Callable[[torch.Tensor, float], tuple[torch.Tensor, torch.Tensor]] = celu,
 ) -> None:
     """Write the energies of `atoms` by all members to `energies`, and dE/dAEV of each or of their mean to `gradient`.
 
     aev: (N, L); atoms: (n,), those of one element; energies: (M, N); gradient: (M, N, L), (1, N, L) for the mean, or
-    (0, N, L) for none. Rows of other atoms are left as they are.
+    (0, N, L) for none. Rows of other atoms are left as they are. activate: what `celu` does.
     """
     n_gradients, first, weights, biases = len(gradient), stack.weights[0], stack.weights, stack.biases
-    for block in atoms.split(ATOMS_PER_BLOCK):
+    for block in atoms.split(ATOMS_PER_BLOCK if atoms.device.type == "cpu" else max(1, len(atoms))):
         # All members read the same input, so their first layer is one matrix product.
         value = torch.nn.functional.linear(aev.index_select(0, block), first.flatten(0, 1), biases[0].flatten())
-        value, slopes = _hidden(value.unflatten(1, first.shape[:2]).transpose(0, 1), weights, biases, celu_alpha)
+        value, slope = activate(value.unflatten(1, first.shape[:2]).transpose(0, 1), celu_alpha)
+        slopes = [slope]
+        for weight, bias in zip(weights[1:-1], biases[1:-1], strict=True):
+            value, slope = activate(torch.baddbmm(bias[:, None], value, weight.transpose(1, 2)), celu_alpha)
+            slopes.append(slope)
         energies[:, block] = torch.bmm(value, weights[-1].transpose(1, 2)).squeeze(2) + biases[-1]
         if n_gradients:
             pull = slopes[-1] * weights[-1]
             for layer in range(len(slopes) - 1, 0, -1):
-                pull = torch.bmm(pull, weights[layer]) * slopes[layer - 1]
+                pull = torch.bmm(pull, weights[layer]).mul_(slopes[layer - 1])
             if n_gradients == len(first):
                 gradient[:, block] = torch.bmm(pull, first)
             else:
                 gradient[0, block] = pull.transpose(0, 1).flatten(1) @ first.flatten(0, 1) / len(first)
-
-
-def _hidden(
-    value: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor], celu_alpha: float
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Last hidden layer, (M, n, H), and the slopes of all activations, from what the first layer put out."""
-    slopes = []
-    for layer in range(1, len(weights)):
-        slope = (value.clamp(max=0) * (LOG2_E / celu_alpha)).clamp_(min=LOWEST_EXPONENT).exp2_()
-        slopes.append(slope)
-        value = torch.add(value.relu(), slope - 1, alpha=celu_alpha)
-        if layer < len(weights) - 1:
-            value = torch.baddbmm(biases[layer][:, None], value, weights[layer].transpose(1, 2))
-    return value, slopes
 
 
 def pair_vectors(
@@ -221,7 +178,7 @@ def pair_vectors(
 ) -> torch.Tensor:
     """(E, 3), A: from the centre to its neighbour's image. row: (N + 1,); other: (E,); shift: (E, 3), int32."""
     positions = structures.positions
-    centre = torch.repeat_interleave(row.diff())
+    centre = torch.repeat_interleave(row.diff(), output_size=len(other))
     # index_select is several times faster than indexing with a tensor on the CPU.
     vectors = positions.index_select(0, other) - positions.index_select(0, centre)
     turns, cell = shift.to(vectors.dtype), structures.cell.to(vectors.dtype)
@@ -237,7 +194,7 @@ def shortest_distances(
 ) -> torch.Tensor:
     """(B,), A, float64: shortest listed distance of each frame; infinite where there is none."""
     squared = pair_vectors(structures, row, other, shift, torch.float64).square().sum(1)
-    frames = structures.frame_of_atom.index_select(0, torch.repeat_interleave(row.diff()))
+    frames = structures.frame_of_atom.index_select(0, torch.repeat_interleave(row.diff(), output_size=len(other)))
     none = squared.new_full((structures.n_frames,), torch.inf)
     return none.scatter_reduce(0, frames, squared, "amin").sqrt()
 
@@ -262,7 +219,7 @@ def pair_sums(pair: torch.Tensor, row: torch.Tensor, other: torch.Tensor) -> tor
     pair: (M, E, 3); row: (N + 1,); other: (E,). With pair forces, these are the forces on the atoms.
     """
     n_members, n_atoms = len(pair), len(row) - 1
-    centre = torch.repeat_interleave(row.diff())
+    centre = torch.repeat_interleave(row.diff(), output_size=len(other))
     flat = pair.transpose(0, 1).reshape(len(other), n_members * 3)  # along the first axis index_add is much faster
     sums = flat.new_zeros(n_atoms, n_members * 3).index_add_(0, centre, flat).index_add_(0, other, flat, alpha=-1)
     return sums.view(n_atoms, n_members, 3).transpose(0, 1)
@@ -270,7 +227,11 @@ def pair_sums(pair: torch.Tensor, row: torch.Tensor, other: torch.Tensor) -> tor
 
 def pair_differences(atom: torch.Tensor, row: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     """(M, E, 3): of each pair, its centre's value less the other's: pair_sums transposed. atom: (M, N, 3)."""
-    return atom.index_select(1, torch.repeat_interleave(row.diff())) - atom.index_select(1, other)
+    centre = torch.repeat_interleave(row.diff(), output_size=len(other))
+    return atom.index_select(1, centre) - atom.index_select(1, other)
+
+
+evaluate = functools.partial(blocks.evaluate, sys.modules[__name__])
 
 
 def _assemble(vec: torch.Tensor, stretch: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
@@ -461,7 +422,7 @@ def _blocks(vec: torch.Tensor, row: torch.Tensor, species_other: torch.Tensor, p
     """
     n_atoms = len(row) - 1
     distance = vec.norm(dim=1)
-    centre = torch.repeat_interleave(row.diff())
+    centre = torch.repeat_interleave(row.diff(), output_size=len(vec))
     atoms = torch.bincount(centre[distance < p.angular_cutoff_A], minlength=n_atoms).argsort()
     key = atoms.argsort().index_select(0, centre) * p.n_species + species_other
     near = _Table(distance, key, p.radial_cutoff_A, n_atoms, p.n_species)

@@ -1,0 +1,98 @@
+"""How much of a batch is evaluated at a time? Blocks of atoms, so that memory is bounded however many atoms there are.
+
+The pairs of a block are one piece of the list. What is larger than the list and its vectors is held for one block only:
+AEVs, the layers of all members, gradients by AEVs and by pair vectors.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+import torch
+
+from potential.aev import AEVParameters
+from potential.structures import Structures
+
+if TYPE_CHECKING:
+    from potential.kernels.reference import Stack
+
+__all__ = ["evaluate"]
+
+BLOCK_BYTES = 2**31  # enough to keep a GPU busy, little beside its memory
+
+
+def evaluate(
+    kernels: ModuleType,
+    structures: Structures,
+    row: torch.Tensor,
+    other: torch.Tensor,
+    shift: torch.Tensor,
+    p: AEVParameters,
+    stacks: Sequence[Stack],
+    self_energies: torch.Tensor,
+    celu_alpha: float,
+    n_gradients: int,
+    stress: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Energies (M, B), eV, float64; forces (G, N, 3), eV/A; stress (G, B, 3, 3), eV/A^3, float64, or None.
+
+    stacks: one per element. self_energies: (n_elements,), eV, float64. n_gradients, G: the number of members, 1 for the
+    mean of theirs, or 0. Pairs beyond the cutoffs may be in the list. Forces are in the dtype of the networks. Stress
+    is symmetric, and not a number where the cell has no volume.
+    """
+    n_members, dtype = len(stacks[0].weights[0]), stacks[0].weights[0].dtype
+    vec = kernels.pair_vectors(structures, row, other, shift, dtype)
+    species_other = structures.species.index_select(0, other)
+    energies = vec.new_zeros(n_members, structures.n_frames, dtype=torch.float64)
+    forces = vec.new_zeros(n_gradients, len(structures.positions), 3)
+    virial = vec.new_zeros(n_gradients, structures.n_frames, 3, 3, dtype=torch.float64)
+    self_energies = self_energies.to(vec.device, non_blocking=True)
+    for (low, high), (first, last) in _blocks(row, len(other), _bytes_per_atom(row, other, stacks, n_gradients)):
+        pairs = slice(first, last)
+        environments = vec[pairs], row[low : high + 1] - first, species_other[pairs]
+        aev = kernels.aev_forward(*environments, p)
+        atomic, gradient = aev.new_empty(n_members, len(aev)), aev.new_empty(n_gradients, *aev.shape)
+        for stack, atoms in zip(stacks, structures.atoms_by_species, strict=False):
+            inside = atoms if high - low == len(row) - 1 else atoms[(atoms >= low) & (atoms < high)] - low
+            kernels.networks(aev, inside, stack, celu_alpha, atomic, gradient)
+        atomic = atomic.double() + self_energies.index_select(0, structures.species[low:high])
+        energies.index_add_(1, structures.frame_of_atom[low:high], atomic)
+        if n_gradients:
+            pull = kernels.aev_vjp(*environments, gradient, p)
+            forces += kernels.pair_sums(pull, row.clamp(first, last) - first, other[pairs])
+            if stress:
+                ends = (row[structures.first_atom].clamp(first, last) - first).tolist()
+                virial += _virial(pull, vec[pairs], ends)
+    if not (n_gradients and stress):
+        return energies, forces, None
+    volume = structures.volume.double()
+    symmetric = (virial + virial.transpose(2, 3)) / 2
+    return energies, forces, symmetric / torch.where(volume > 0, volume, torch.nan)[:, None, None]
+
+
+def _bytes_per_atom(row: torch.Tensor, other: torch.Tensor, stacks: Sequence[Stack], n_gradients: int) -> int:
+    """Roughly, of what is held for one block only."""
+    widest = max(sum(bias.numel() for bias in stack.biases) for stack in stacks)
+    itemsize, length = stacks[0].weights[0].itemsize, stacks[0].weights[0].shape[2]
+    pairs_per_atom = len(other) / max(1, len(row) - 1)
+    return int(itemsize * (3 * widest + 2 * n_gradients * length) + pairs_per_atom * (100 + 40 * n_gradients))
+
+
+def _blocks(row: torch.Tensor, n_pairs: int, bytes_per_atom: int) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+    """First and last atom, and first and last pair, of each block; waits for the device if there is more than one."""
+    n_atoms = len(row) - 1
+    size = max(1, BLOCK_BYTES // bytes_per_atom)
+    if n_atoms <= size:
+        return [((0, n_atoms), (0, n_pairs))]
+    atoms = [*range(0, n_atoms, size), n_atoms]
+    pairs = row[torch.tensor(atoms, device=row.device)].tolist()
+    return list(zip(itertools.pairwise(atoms), itertools.pairwise(pairs), strict=True))
+
+
+def _virial(pull: torch.Tensor, vec: torch.Tensor, ends: Sequence[int]) -> torch.Tensor:
+    """(G, B, 3, 3), eV, float64: sum over the pairs of each frame of vec (x) dE/dvec, from (E, 3) and (G, E, 3)."""
+    frames = [torch.matmul(vec[low:high].T, pull[:, low:high]) for low, high in itertools.pairwise(ends)]
+    return torch.stack(frames, dim=1).double()

@@ -1,0 +1,257 @@
+"""How do PyTorch tensors on a GPU reach the Triton programs? In Triton's interpreter those on the CPU do, too.
+
+Everything is launched without waiting for the device; what has no program of its own runs in plain PyTorch there.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import sys
+from typing import Any
+
+import torch
+import triton
+
+from potential.aev import AEVParameters
+from potential.kernels import blocks, programs, reference
+from potential.kernels.reference import (
+    drift,
+    find_pairs,
+    have_moved,
+    kick,
+    normals,
+    pair_differences,
+    shortest_distances,
+)
+from potential.structures import Structures
+
+__all__ = [
+    "aev_forward",
+    "aev_jvp",
+    "aev_vjp",
+    "drift",
+    "evaluate",
+    "find_pairs",
+    "have_moved",
+    "kick",
+    "networks",
+    "normals",
+    "pair_differences",
+    "pair_sums",
+    "pair_vectors",
+    "shortest_distances",
+]
+
+PAIRS_PER_PROGRAM, TRIPLES_PER_PROGRAM, SLOTS_PER_PROGRAM, VALUES_PER_PROGRAM = 128, 32, 32, 1024
+
+
+def aev_forward(vec: torch.Tensor, row: torch.Tensor, species_other: torch.Tensor, p: AEVParameters) -> torch.Tensor:
+    """(N, L). vec: (E, 3), A, from each centre to its neighbours; row: (N + 1,); species_other: (E,)."""
+    return _sums(vec, row, species_other, None, p)[0]
+
+
+def aev_jvp(
+    vec: torch.Tensor, row: torch.Tensor, species_other: torch.Tensor, tangent: torch.Tensor, p: AEVParameters
+) -> torch.Tensor:
+    """(M, N, L): d aev . tangent_m. tangent: (M, E, 3), change of vec."""
+    return _sums(vec, row, species_other, tangent.contiguous(), p)
+
+
+def aev_vjp(
+    vec: torch.Tensor, row: torch.Tensor, species_other: torch.Tensor, cotangent: torch.Tensor, p: AEVParameters
+) -> torch.Tensor:
+    """(M, E, 3): d<cotangent_m, aev>/dvec. cotangent: (M, N, L)."""
+    pairs = _Pairs(vec, row, species_other)
+    near = _Near(pairs, p)
+    cotangent = cotangent.contiguous()
+    out = vec.new_empty(len(cotangent), pairs.n_pairs, 3)
+    _launch(
+        programs.radial_vjp,
+        (triton.cdiv(pairs.n_pairs, PAIRS_PER_PROGRAM), len(cotangent)),
+        pairs.vec,
+        pairs.distance,
+        pairs.centre(),
+        pairs.species_other,
+        cotangent,
+        out,
+        pairs.n_atoms,
+        pairs.n_pairs,
+        **_radial(p),
+        BLOCK=PAIRS_PER_PROGRAM,
+    )
+    _launch(
+        programs.angular_vjp,
+        (triton.cdiv(pairs.n_pairs, SLOTS_PER_PROGRAM), len(cotangent)),
+        near.bounds,
+        near.whole,
+        near.real,
+        cotangent,
+        out,
+        pairs.n_atoms,
+        pairs.n_pairs,
+        **_angular(p, vec.dtype),
+        BLOCK=SLOTS_PER_PROGRAM,
+        num_warps=1,
+    )
+    return out
+
+
+def pair_vectors(
+    structures: Structures, row: torch.Tensor, other: torch.Tensor, shift: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """(E, 3), A: from the centre to its neighbour's image. row: (N + 1,); other: (E,); shift: (E, 3), int32."""
+    positions = structures.positions.contiguous()
+    out = positions.new_empty(len(other), 3, dtype=dtype)
+    _launch(
+        programs.pair_vectors,
+        (len(positions),),
+        row.contiguous(),
+        other.contiguous(),
+        shift.contiguous(),
+        structures.frame_of_atom,
+        positions,
+        structures.cell.to(positions.dtype).contiguous(),
+        out,
+        BLOCK=PAIRS_PER_PROGRAM,
+    )
+    return out
+
+
+def pair_sums(pair: torch.Tensor, row: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """(M, N, 3): of each atom, the sum over its own pairs less that over the pairs in which it is the other.
+
+    pair: (M, E, 3); row: (N + 1,); other: (E,). The last bits depend on the order of additions, which is not fixed.
+    """
+    out = pair.new_zeros(len(pair), len(row) - 1, 3)
+    _launch(
+        programs.pair_sums,
+        (out.shape[1], len(pair)),
+        pair.contiguous(),
+        row.contiguous(),
+        other.contiguous(),
+        out,
+        len(other),
+        BLOCK=PAIRS_PER_PROGRAM,
+    )
+    return out
+
+
+def celu(value: torch.Tensor, alpha: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """CELU and its slope, in one pass over the values, which are overwritten."""
+    value = value.contiguous()
+    slope = torch.empty_like(value)
+    n_programs = triton.cdiv(value.numel(), VALUES_PER_PROGRAM)
+    _launch(programs.celu, (n_programs,), value, slope, value.numel(), ALPHA=alpha, BLOCK=VALUES_PER_PROGRAM)
+    return value, slope
+
+
+networks = functools.partial(reference.networks, activate=celu)
+evaluate = functools.partial(blocks.evaluate, sys.modules[__name__])
+
+
+def _sums(
+    vec: torch.Tensor, row: torch.Tensor, species_other: torch.Tensor, tangent: torch.Tensor | None, p: AEVParameters
+) -> torch.Tensor:
+    """(1, N, L), the AEVs, or (M, N, L), what J makes of tangents (M, E, 3)."""
+    pairs = _Pairs(vec, row, species_other)
+    near = _Near(pairs, p)
+    out = vec.new_empty(1 if tangent is None else len(tangent), pairs.n_atoms, p.length)
+    _launch(
+        programs.radial_sums,
+        (pairs.n_atoms, len(out)),
+        pairs.vec,
+        pairs.distance,
+        pairs.row,
+        pairs.species_other,
+        tangent,
+        out,
+        pairs.n_pairs,
+        **_radial(p),
+        SPECIES=p.n_species,
+        SPECIES_WIDTH=triton.next_power_of_2(p.n_species),
+        SHIFTS_WIDTH=triton.next_power_of_2(len(p.radial_shifts)),
+        PUSH=tangent is not None,
+        BLOCK=32,
+        num_warps=1,
+    )
+    _launch(
+        programs.angular_sums,
+        (pairs.n_atoms, p.n_species**2, len(out)),
+        near.bounds,
+        near.whole,
+        near.real,
+        tangent,
+        out,
+        pairs.n_pairs,
+        **_angular(p, vec.dtype),
+        PUSH=tangent is not None,
+        BLOCK=TRIPLES_PER_PROGRAM,
+        num_warps=1,
+    )
+    return out
+
+
+class _Pairs:
+    """Pairs sorted by centre, as the programs read them."""
+
+    def __init__(self, vec: torch.Tensor, row: torch.Tensor, species_other: torch.Tensor) -> None:
+        self.vec = vec.contiguous()
+        self.row, self.species_other = row.long().contiguous(), species_other.long().contiguous()
+        self.distance = vec.norm(dim=1)
+        self.n_atoms, self.n_pairs = len(row) - 1, len(vec)
+
+    def centre(self) -> torch.Tensor:
+        return torch.repeat_interleave(self.row.diff(), output_size=self.n_pairs)
+
+
+class _Near:
+    """Pairs within the angular cutoff: see programs.py. There is room for all, so that they need not be counted."""
+
+    def __init__(self, pairs: _Pairs, p: AEVParameters) -> None:
+        near = pairs.distance < p.angular_cutoff_A
+        near_row = torch.nn.functional.pad(near.cumsum(0), (1, 0)).index_select(0, pairs.row)
+        self.bounds = pairs.row.new_empty(pairs.n_atoms * p.n_species + 1)
+        self.whole = pairs.row.new_empty(3, pairs.n_pairs)
+        self.real = pairs.vec.new_empty(6, pairs.n_pairs)
+        _launch(
+            programs.list_near,
+            (pairs.n_atoms,),
+            pairs.vec,
+            pairs.distance,
+            near,
+            pairs.row,
+            near_row,
+            pairs.species_other,
+            self.bounds,
+            self.whole,
+            self.real,
+            pairs.n_pairs,
+            CUTOFF=p.angular_cutoff_A,
+            SPECIES=p.n_species,
+            BLOCK=PAIRS_PER_PROGRAM,
+            num_warps=1,
+        )
+
+
+def _launch(program: Any, grid: tuple[int, ...], *tensors: Any, **constants: Any) -> None:
+    if math.prod(grid):
+        program[grid](*tensors, **constants)
+
+
+def _radial(p: AEVParameters) -> dict[str, Any]:
+    return {"CUTOFF": p.radial_cutoff_A, "ETA": p.eta_radial, "SHIFTS": p.radial_shifts, "LENGTH": p.length}
+
+
+def _angular(p: AEVParameters, dtype: torch.dtype) -> dict[str, Any]:
+    return {
+        "ETA": p.eta_angular,
+        "ZETA": p.zeta,
+        "SHIFTS": p.angular_shifts,
+        "COSINES": tuple(math.cos(angle) for angle in p.angle_shifts),
+        "SINES": tuple(math.sin(angle) for angle in p.angle_shifts),
+        "SPECIES": p.n_species,
+        "N_RADIAL": p.n_radial,
+        "LENGTH": p.length,
+        "EPS": torch.finfo(dtype).eps,
+    }

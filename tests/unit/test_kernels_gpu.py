@@ -1,0 +1,168 @@
+"""The Triton kernels against plain PyTorch: in Triton's interpreter, or on a GPU (see conftest.py)."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_kernels_evaluate import AEV, CELU_ALPHA, N_MEMBERS, SELF_ENERGIES, stacks
+from test_kernels_native import ALUMINIUM, environments, gap, numeric
+from torch._subclasses import FakeTensorMode
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+pytest.importorskip("triton")
+from potential import kernels
+from potential.kernels import Stack, blocks, gpu, programs, reference
+from potential.neighbours import find_neighbours
+from potential.structures import Structures
+from shards.frame import Frame
+
+DEVICE = "cpu" if os.environ["TRITON_INTERPRET"] == "1" else "cuda"
+DTYPES = [torch.float64, torch.float32]
+# float32 resolves a distance of 4 A to 2e-7 A, which the narrowest Gaussian magnifies by about 10.
+TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5}
+ELEMENTS = ("H", "Al", "Cu")
+
+
+def on_device(tensors: tuple[torch.Tensor, ...], dtype: torch.dtype) -> list[torch.Tensor]:
+    return [tensor.to(DEVICE, dtype if tensor.is_floating_point() else None) for tensor in tensors]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "p",
+    [ALUMINIUM, replace(AEV, n_species=1), replace(AEV, n_species=2), AEV, replace(AEV, n_species=4)],
+    ids=["ANI-Al", "1", "2", "3", "4 species"],
+)
+def test_aev_and_its_products_are_those_of_the_reference(p, dtype):
+    vec, row, species = environments([17, 0, 1, 12, 2], p)
+    random = torch.manual_seed(1)
+    cotangent = torch.randn(2, len(row) - 1, p.length, dtype=torch.float64, generator=random)
+    tangent = torch.randn(2, len(vec), 3, dtype=torch.float64, generator=random)
+    pairs = vec, row, species
+    for name, argument in (("aev_forward", None), ("aev_vjp", cotangent), ("aev_jvp", tangent)):
+        arguments = pairs if argument is None else (*pairs, argument)
+        ours = getattr(gpu, name)(*on_device(arguments, dtype), p)
+        assert ours.dtype == dtype
+        assert gap(ours.cpu(), numeric(getattr(reference, name)(*arguments, p))) < TOLERANCE[dtype], name
+
+
+def test_more_neighbours_than_a_program_takes_at_a_time_are_all_counted():
+    vec, row, species = environments([150], replace(AEV, n_species=2))
+    p = replace(AEV, n_species=2)
+    cotangent = torch.randn(1, 1, p.length, dtype=torch.float64, generator=torch.manual_seed(1))
+    ours = gpu.aev_forward(*on_device((vec, row, species), torch.float64), p)
+    assert gap(ours.cpu(), numeric(reference.aev_forward(vec, row, species, p))) < 1e-13
+    pulled = gpu.aev_vjp(*on_device((vec, row, species, cotangent), torch.float64), p)
+    assert gap(pulled.cpu(), numeric(reference.aev_vjp(vec, row, species, cotangent, p))) < 1e-13
+
+
+def test_pairs_beyond_the_cutoffs_and_coincident_ones_add_nothing_and_nothing_infinite():
+    vec = torch.tensor([[2.0, 0, 0], [-2.0, 0, 0], [2.5, 0, 0], [0, 0, 0], [4.2, 0, 0], [0, 9, 0]], dtype=torch.float64)
+    row, species = torch.tensor([0, 6]), torch.tensor([0, 0, 1, 2, 1, 0])
+    pairs = on_device((vec, row, species), torch.float64)
+    pulled = gpu.aev_vjp(*pairs, torch.ones(1, 1, AEV.length, dtype=torch.float64, device=DEVICE), AEV)
+    assert pulled.isfinite().all()
+    assert not pulled[:, 4:].any()
+    tangent = torch.ones(1, 6, 3, dtype=torch.float64, device=DEVICE)
+    tangent[:, 4:] = torch.inf
+    assert gpu.aev_jvp(*pairs, tangent, AEV).isfinite().all()
+
+
+def test_empty_inputs_give_empty_or_zero_outputs():
+    vec, species = torch.empty(0, 3, device=DEVICE), torch.empty(0, dtype=torch.int64, device=DEVICE)
+    two = torch.zeros(3, dtype=torch.int64, device=DEVICE)
+    ones = torch.ones(3, 2, AEV.length, device=DEVICE)
+    assert gpu.aev_forward(vec, two[:1], species, AEV).shape == (0, AEV.length)
+    assert not gpu.aev_forward(vec, two, species, AEV).any()
+    assert gpu.aev_vjp(vec, two, species, ones, AEV).shape == (3, 0, 3)
+    assert not gpu.aev_jvp(vec, two, species, torch.ones(3, 0, 3, device=DEVICE), AEV).any()
+    assert not gpu.pair_sums(torch.ones(3, 0, 3, device=DEVICE), two, species).any()
+
+
+def frames() -> list[Frame]:
+    """A small cell that sees many images of itself, a molecule, a lone atom and a crystal of three elements."""
+    rng = np.random.default_rng(0)
+    made = [Frame([1], np.zeros((1, 3))), Frame([1, 29, 13], [[0, 0, 0], [0, 0, 1.5], [1.2, 0.1, 0.2]])]
+    for n, pbc in ((2, [True] * 3), (7, [True, False, True])):
+        side = (14.0 * n) ** (1 / 3)
+        cell = side * (np.eye(3) + rng.uniform(-0.2, 0.2, (3, 3)))
+        made.append(Frame(rng.choice([1, 13, 29], n), rng.uniform(0, side, (n, 3)) * 1.3 - 2, cell, pbc))
+    return made
+
+
+def evaluate(module: Any, device: str, dtype: torch.dtype, n_gradients: int = N_MEMBERS, stress: bool = True) -> Any:
+    structures = Structures.from_frames(frames(), ELEMENTS, device=device)
+    pairs = find_neighbours(structures, AEV.radial_cutoff_A + 0.3)
+    networks = [Stack(*([t.to(device) for t in side] for side in (s.weights, s.biases))) for s in stacks(dtype)]
+    where = structures, pairs.row, pairs.other, pairs.shift
+    return module.evaluate(*where, AEV, networks, SELF_ENERGIES, CELU_ALPHA, n_gradients, stress)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n_gradients", [N_MEMBERS, 1, 0])
+def test_energies_forces_and_stress_are_those_of_the_reference(n_gradients, dtype):
+    ours = evaluate(gpu, DEVICE, dtype, n_gradients, stress=n_gradients > 0)
+    truth = evaluate(reference, "cpu", torch.float64, n_gradients, stress=n_gradients > 0)
+    for mine, theirs in itertools.takewhile(lambda pair: pair[0] is not None, zip(ours, truth, strict=True)):
+        assert mine.shape == theirs.shape
+        assert torch.equal(mine.cpu().isnan(), theirs.isnan())
+        if mine.numel():
+            assert gap(mine.cpu().nan_to_num(), numeric(theirs.nan_to_num())) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("module", [gpu, reference])
+def test_blocks_of_few_atoms_give_the_same_as_one(module, monkeypatch):
+    device = DEVICE if module is gpu else "cpu"
+    whole = evaluate(module, device, torch.float64)
+    monkeypatch.setattr(blocks, "_bytes_per_atom", lambda *_: blocks.BLOCK_BYTES // 5)
+    for one, other in zip(evaluate(module, device, torch.float64), whole, strict=True):
+        assert gap(one.cpu().nan_to_num(), numeric(other.cpu().nan_to_num())) < 1e-13
+
+
+def test_the_gpu_s_kernels_are_chosen_when_asked_for(monkeypatch):
+    monkeypatch.setenv("SMELT_KERNELS", "gpu")
+    assert kernels.implementation(torch.empty(0, device=DEVICE)) == "gpu"
+    monkeypatch.setenv("SMELT_KERNELS", "cuda")
+    with pytest.raises(ValueError, match="must be reference, native or gpu"):
+        kernels.implementation(torch.empty(0))
+
+
+def test_the_programs_compile_for_an_h200(tmp_path):
+    script = Path(__file__).with_name("compile_programs.py")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert set(done.stdout.split()) == set(programs.__all__)
+
+
+def fake(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    return torch.empty(tensor.shape, dtype=dtype or tensor.dtype, device="pretended")
+
+
+def test_an_evaluation_stays_on_its_device_and_never_waits_for_it(monkeypatch):
+    """On a pretended device, whose tensors hold nothing: to read one, or to mix devices, is an error."""
+    _setup_privateuseone_for_python_backend("pretended")
+    structures = Structures.from_frames(frames(), ELEMENTS)
+    by_species = structures.atoms_by_species  # found once for a batch, by waiting
+    pairs = find_neighbours(structures, AEV.radial_cutoff_A)
+    monkeypatch.setattr(gpu, "_launch", lambda program, grid, *arguments, **constants: None)
+    with FakeTensorMode():
+        there = Structures(**{field.name: fake(getattr(structures, field.name)) for field in fields(Structures)})
+        vars(there)["atoms_by_species"] = tuple(fake(atoms) for atoms in by_species)
+        networks = [Stack([fake(w) for w in s.weights], [fake(b) for b in s.biases]) for s in stacks(torch.float32)]
+        where = there, fake(pairs.row), fake(pairs.other), fake(pairs.shift)
+        for n_gradients in (N_MEMBERS, 1, 0):
+            energies, forces, _ = gpu.evaluate(
+                *where, AEV, networks, fake(SELF_ENERGIES), CELU_ALPHA, n_gradients, False
+            )
+            assert energies.device.type == forces.device.type == "pretended"
