@@ -35,8 +35,9 @@ def aev(vec: Tensor, row: Tensor, species_other: Tensor, p: AEVParameters) -> Te
 
 
 def _parameters(constants: tuple[Any, ...]) -> AEVParameters:
-    *numbers, radial, angular, angles, n_species = constants
-    return AEVParameters(*numbers, tuple(radial), tuple(angular), tuple(angles), n_species)
+    # A list in a schema arrives as one.
+    values: list[Any] = [tuple(value) if isinstance(value, list) else value for value in constants]
+    return AEVParameters(*values)
 
 
 def _forward(vec: Tensor, row: Tensor, species_other: Tensor, *constants: Any) -> Tensor:

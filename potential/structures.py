@@ -67,7 +67,8 @@ class Structures:
     def atoms_by_species(self) -> tuple[torch.Tensor, ...]:
         """For each species up to the last that is there, (n,): its atoms in order."""
         counts: list[int] = torch.bincount(self.species).tolist()
-        return self.species.argsort(stable=True).split(counts)
+        pieces: tuple[torch.Tensor, ...] = self.species.argsort(stable=True).split(counts)
+        return pieces
 
     @property
     def volume(self) -> torch.Tensor:
