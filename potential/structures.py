@@ -9,8 +9,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from ase.data import atomic_numbers
+from numpy.typing import NDArray
 
 from shards.frame import Frame
+from shards.reader import Batch
 
 __all__ = ["Structures", "UnknownElementError", "complete_cells"]
 
@@ -52,6 +54,19 @@ class Structures:
             pbc=torch.from_numpy(np.stack([frame.pbc for frame in frames])).to(device),
             frame_of_atom=torch.repeat_interleave(n_atoms).to(device),
             n_atoms=n_atoms.to(device),
+        )
+
+    @classmethod
+    def from_batch(cls, batch: Batch, elements: Sequence[str]) -> Structures:
+        """In float64, on the CPU. Raises UnknownElementError as `from_frames` does."""
+        n_atoms = torch.from_numpy(np.diff(batch.offset))
+        return cls(
+            species=torch.from_numpy(_species(batch.numbers, elements)),
+            positions=torch.from_numpy(batch.positions),
+            cell=torch.from_numpy(batch.cell),
+            pbc=torch.from_numpy(batch.pbc),
+            frame_of_atom=torch.repeat_interleave(n_atoms),
+            n_atoms=n_atoms,
         )
 
     @property
@@ -104,7 +119,7 @@ def complete_cells(structures: Structures) -> torch.Tensor:
     return torch.where(free[:, :, None], unit, cells)
 
 
-def _species(numbers: np.ndarray[tuple[int], np.dtype[np.int64]], elements: Sequence[str]) -> np.ndarray:
+def _species(numbers: NDArray[np.int64] | NDArray[np.uint8], elements: Sequence[str]) -> np.ndarray:
     table = np.full(max(atomic_numbers.values()) + 1, -1, dtype=np.int64)
     table[[atomic_numbers[symbol] for symbol in elements]] = np.arange(len(elements))
     species = table[numbers]

@@ -16,6 +16,7 @@ from shards.reader import (
     ShardVersionError,
     TruncatedShardError,
     WrongKindError,
+    gather_labels,
     open_shard,
 )
 from shards.settings import Settings, SettingsError, parse_settings, read_toml
@@ -48,6 +49,7 @@ __all__ = [
     "Timing",
     "TruncatedShardError",
     "WrongKindError",
+    "gather_labels",
     "merge_labels",
     "open_shard",
     "parse_settings",

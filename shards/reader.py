@@ -41,6 +41,7 @@ __all__ = [
     "ShardVersionError",
     "TruncatedShardError",
     "WrongKindError",
+    "gather_labels",
     "open_shard",
     "read_receipt",
 ]
@@ -149,9 +150,14 @@ class Shard:
         return len(self.numbers)
 
     @property
+    def keys(self) -> NDArray[np.uint8]:
+        """Frame ids as bytes, (n_frames, 16)."""
+        return self._columns["id"]
+
+    @property
     def ids(self) -> list[str]:
         """Frame ids, 32 hexadecimal digits each."""
-        text = self._columns["id"].tobytes().hex()
+        text = self.keys.tobytes().hex()
         return [text[i : i + 32] for i in range(0, len(text), 32)]
 
     @property
@@ -276,6 +282,28 @@ class Shard:
             energy_spread=number("energy_spread"),
             force_spread=number("force_spread"),
         )
+
+
+def gather_labels(places: Sequence[tuple[Shard, int]]) -> Batch:
+    """Copy labeled frames of many shards, each by its shard and its place there, into one batch.
+
+    Raises:
+        WrongKindError: a shard of frames.
+    """
+    atoms = [(shard, slice(shard.offset[i], shard.offset[i + 1])) for shard, i in places]
+    per_atom = np.concatenate([shard._label_column("position_force")[part] for shard, part in atoms])
+    return Batch(
+        offset=np.cumsum([0, *(part.stop - part.start for _, part in atoms)]),
+        numbers=np.concatenate([shard.numbers[part] for shard, part in atoms]),
+        positions=per_atom[:, :3],
+        cell=np.array([shard.cell[i] for shard, i in places]),
+        pbc=np.array([shard.pbc[i] for shard, i in places]),
+        charge=np.array([shard.charge[i] for shard, i in places]),
+        spin=np.array([shard.spin[i] for shard, i in places]),
+        forces=per_atom[:, 3:],
+        energy=np.array([shard.energy[i] for shard, i in places]),
+        stress=np.array([shard.stress[i] for shard, i in places]),
+    )
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ from trainer.dataset import Dataset, DatasetError, fit_self_energies, is_outlier
 from trainer.fit import Fitted, NotFiniteError, fit
 from trainer.job import Job, read_job
 from trainer.launch import HEARTBEAT
+from trainer.memory import node_memory_GB
 from trainer.networks import Networks
 from trainer.problem import Problem
 from trainer.transfer import borrow_forces, check_levels, compare_layers, layer_factors, shift_self_energies
@@ -85,6 +86,7 @@ def _train(job: Job, world: World, stop: threading.Event) -> None:
     if job.transfer:
         factors = layer_factors(networks, job.transfer)
         dataset = replace(dataset, borrowed=borrow_forces(committee, dataset, job.transfer, job.replay))
+    allowed_GB = job.settings.memory_share * node_memory_GB() / world.n_here
     problem = Problem(
         dataset,
         committee.self_energies.numpy(),
@@ -95,6 +97,7 @@ def _train(job: Job, world: World, stop: threading.Event) -> None:
         job.settings,
         world.rank,
         world.n_ranks,
+        allowed_GB=allowed_GB,
     )
     parameters = networks.take(committee, getattr(torch, job.settings.dtype))
     fitted = fit(
@@ -109,7 +112,7 @@ def _train(job: Job, world: World, stop: threading.Event) -> None:
 def _usable(dataset: Dataset, job: Job) -> Dataset:
     hard = is_outlier(dataset, job.settings.energy_outlier_sigma, job.settings.max_force_eV_per_A)
     if hard.any():
-        left_out = [dataset.ids[i] for i in np.flatnonzero(hard)]
+        left_out = [dataset.id(i) for i in np.flatnonzero(hard).tolist()]
         log.info("left out %d frames far off in energy or force: %s", len(left_out), ", ".join(left_out))
     return dataset.subset(np.flatnonzero(~hard))
 

@@ -7,7 +7,7 @@ even share of it, keeps only its own structures in memory, and no batch depends 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,13 +16,13 @@ __all__ = ["Windows"]
 
 
 class Windows:
-    """Cut structures of `n_atoms` atoms, (n,), into windows; ties in size are broken by `ids`."""
+    """Cut structures of `n_atoms` atoms, (n,), into windows."""
 
-    def __init__(self, n_atoms: Sequence[int], ids: Sequence[str], batch: int, least_steps: int) -> None:
-        n = len(ids)
+    def __init__(self, n_atoms: NDArray[np.integer[Any]], batch: int, least_steps: int) -> None:
+        n = len(n_atoms)
         self.n_steps = max(-(-n // batch), min(least_steps, n))
-        order = sorted(range(n), key=lambda i: (n_atoms[i], ids[i]))
-        self._windows = [np.array(order[i : i + self.n_steps]) for i in range(0, n, self.n_steps)]
+        order = np.argsort(n_atoms, kind="stable")
+        self._windows = [order[i : i + self.n_steps] for i in range(0, n, self.n_steps)]
 
     def owned(self, rank: int, n_ranks: int) -> NDArray[np.int64]:
         """Return the structures that `rank` works on, every one in exactly one rank."""
@@ -32,9 +32,8 @@ class Windows:
     def epoch(self, seed: int, epoch: int) -> list[NDArray[np.int64]]:
         """Return the structures of each step; together they are every structure once."""
         rng = np.random.default_rng([seed, epoch])
-        steps: list[list[int]] = [[] for _ in range(self.n_steps)]
-        for window in self._windows:
+        steps = np.full((self.n_steps, len(self._windows)), -1)
+        for column, window in zip(steps.T, self._windows, strict=True):
             # The last window may be short: its structures fall to random steps.
-            for step, structure in zip(rng.permutation(self.n_steps), window, strict=False):
-                steps[step].append(int(structure))
-        return [np.array(step, dtype=np.int64) for step in steps]
+            column[rng.permutation(self.n_steps)[: len(window)]] = window
+        return [step[step >= 0] for step in steps]

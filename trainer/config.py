@@ -50,6 +50,9 @@ class TrainerSettings(Settings):
     """Leave out cells with a larger force component. Published tools: 54 (2 Ha/A)."""
     jacobian_memory_GB: float = Field(default=4.0, ge=0)
     """Memory, over all ranks, for derivatives of the descriptors; a set that needs more recomputes them. 0: always."""
+    memory_share: float = Field(default=0.5, ge=0, le=1)
+    """Share of a node's memory in which its ranks keep structures, descriptors and derivatives. What a larger set lacks
+    is made anew for every step: derivatives first; then structures are streamed from their shards. 0: nothing kept."""
     checkpoint_every_s: float = Field(default=30.0, ge=0)
     """Seconds between checkpoints; written at the end of an epoch. 0: every epoch."""
 

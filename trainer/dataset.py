@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from ase.data import atomic_numbers, chemical_symbols
 from numpy.typing import NDArray
 
-from shards.frame import Frame
-from shards.label import Label, Level
+from shards.label import Level
 from shards.outcome import Receipt
-from shards.reader import Shard, open_shard
+from shards.reader import Batch, Shard, gather_labels, open_shard
 
 __all__ = ["Dataset", "DatasetError", "fit_self_energies", "is_outlier", "load_dataset"]
 
@@ -24,40 +23,53 @@ class DatasetError(ValueError):
 
 @dataclass(frozen=True)
 class Dataset:
-    """Labeled frames of one level of theory, each frame once.
+    """Labeled frames of one level of theory, each frame once, sorted by id. What is said about each is in memory, the
+    frames and their labels stay in their shards.
 
-    ids: n frame ids. n_atoms: (n,). counts: (n, n_elements), atoms of each element. energy: (n,), eV. max_force: (n,),
-    largest force component, eV/A, NaN where there are no forces. borrowed: forces of another level for some of the
-    frames that have none, by frame id, (n_atoms, 3), eV/A.
+    keys: (n, 16), the ids as bytes. n_atoms: (n,). counts: (n, n_elements), atoms of each element. energy: (n,), eV.
+    max_force: (n,), largest force component, eV/A, NaN where there are no forces. borrowed: forces of another level for
+    some of the frames that have none, by index, (n_atoms, 3), eV/A.
     """
 
     level: Level
-    ids: tuple[str, ...]
-    n_atoms: NDArray[np.int64]
-    counts: NDArray[np.int64]
+    keys: NDArray[np.uint8]
+    n_atoms: NDArray[np.int32]
+    counts: NDArray[np.int32]
     energy: NDArray[np.float64]
     max_force: NDArray[np.float64]
-    _places: tuple[tuple[Shard, int], ...]
-    borrowed: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
+    _shards: tuple[Shard, ...]
+    _shard: NDArray[np.int32]  # (n,), where each frame is: in which of the shards, and in which row of it
+    _row: NDArray[np.int32]
+    borrowed: Mapping[int, NDArray[np.float64]] = field(default_factory=dict)
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return len(self.keys)
 
-    def row(self, index: int) -> tuple[Frame, Label]:
-        shard, row = self._places[index]
-        label, forces = shard.label(row), self.borrowed.get(self.ids[index])
-        return shard.frame(row), label if forces is None else replace(label, forces=forces)
+    def id(self, index: int) -> str:
+        return bytes(self.keys[index]).hex()
+
+    def gather(self, indices: NDArray[np.int64]) -> Batch:
+        """Copy frames and labels into one batch, in this order."""
+        places = zip(self._shard[indices].tolist(), self._row[indices].tolist(), strict=True)
+        batch = gather_labels([(self._shards[shard], row) for shard, row in places])
+        for i, index in enumerate(indices.tolist()):
+            if index in self.borrowed:
+                batch.forces[batch.offset[i] : batch.offset[i + 1]] = self.borrowed[index]
+        return batch
 
     def subset(self, indices: NDArray[np.int64]) -> Dataset:
+        """Only some of the frames; before any forces are borrowed."""
+        assert not self.borrowed
         return Dataset(
             self.level,
-            tuple(self.ids[i] for i in indices),
+            self.keys[indices],
             self.n_atoms[indices],
             self.counts[indices],
             self.energy[indices],
             self.max_force[indices],
-            tuple(self._places[i] for i in indices),
-            self.borrowed,
+            self._shards,
+            self._shard[indices],
+            self._row[indices],
         )
 
 
@@ -70,15 +82,30 @@ def load_dataset(receipts: Sequence[Receipt], elements: Sequence[str], verify: b
     """
     shards = [_open(receipt, verify) for receipt in receipts]
     level = _one_level(shards)
-    places: dict[str, tuple[Shard, int]] = {}
-    for shard in shards:
-        for row, id in enumerate(shard.ids):
-            places.setdefault(id, (shard, row))
-    if not places:
+    everything = Dataset(
+        level,
+        keys=np.concatenate([shard.keys for shard in shards]),
+        n_atoms=np.concatenate([np.diff(shard.offset).astype(np.int32) for shard in shards]),
+        counts=np.concatenate([_counts(shard, elements) for shard in shards]),
+        energy=np.concatenate([shard.energy for shard in shards]),
+        max_force=np.concatenate([_max_force(shard) for shard in shards]),
+        _shards=tuple(shards),
+        _shard=np.repeat(np.arange(len(shards), dtype=np.int32), [len(shard) for shard in shards]),
+        _row=np.concatenate([np.arange(len(shard), dtype=np.int32) for shard in shards]),
+    )
+    if not len(everything):
         raise DatasetError("no labeled frames to train on: label some first")
-    rows = [_summary(shard, row, elements) for shard, row in places.values()]
-    n_atoms, counts, energy, max_force = (np.array(column) for column in zip(*rows, strict=True))
-    return Dataset(level, tuple(places), n_atoms, counts, energy, max_force, tuple(places.values()))
+    return everything.subset(_first_of_each(everything.keys))
+
+
+def _first_of_each(keys: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """Where each key, (n, 16), stands first, in the order of the keys."""
+    high, low = keys.view(">u8").astype(np.uint64).T
+    order = np.lexsort((low, high))
+    new = np.ones(len(order), dtype=bool)
+    new[1:] = (np.diff(high[order]) != 0) | (np.diff(low[order]) != 0)
+    first: NDArray[np.int64] = order[new]
+    return first
 
 
 def _open(receipt: Receipt, verify: bool) -> Shard:
@@ -89,7 +116,7 @@ def _open(receipt: Receipt, verify: bool) -> Shard:
     return shard
 
 
-def fit_self_energies(counts: NDArray[np.int64], energy: NDArray[np.float64]) -> NDArray[np.float64]:
+def fit_self_energies(counts: NDArray[np.int32], energy: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return the energy per atom of each element, (n_elements,), eV, by least squares.
 
     Where compositions do not tell elements apart (one compound only), the smallest of the solutions is taken. A cell
@@ -121,14 +148,24 @@ def _one_level(shards: Sequence[Shard]) -> Level:
     return next(iter(levels.values()))[0]
 
 
-def _summary(shard: Shard, row: int, elements: Sequence[str]) -> tuple[int, list[int], float, float]:
-    atoms = slice(int(shard.offset[row]), int(shard.offset[row + 1]))
-    numbers = shard.numbers[atoms]
-    counts = [int((numbers == atomic_numbers[symbol]).sum()) for symbol in elements]
-    if sum(counts) != len(numbers):
+def _counts(shard: Shard, elements: Sequence[str]) -> NDArray[np.int32]:
+    """How many atoms of each element each frame holds, (n_frames, n_elements)."""
+    first = shard.offset[:-1]
+    columns = [np.add.reduceat(shard.numbers == atomic_numbers[symbol], first, dtype=np.int32) for symbol in elements]
+    counts = np.stack(columns, axis=1)
+    strange = np.flatnonzero(counts.sum(axis=1) != np.diff(shard.offset))
+    if len(strange):
+        row = int(strange[0])
+        numbers = shard.numbers[shard.offset[row] : shard.offset[row + 1]]
         unknown = sorted({chemical_symbols[number] for number in numbers} - set(elements))
         raise DatasetError(
             f"{shard.path}: frame {shard.ids[row]} holds {', '.join(unknown)};"
             f" the committee is for {', '.join(elements)}"
         )
-    return len(numbers), counts, float(shard.energy[row]), float(np.abs(shard.forces[atoms]).max())
+    return counts
+
+
+def _max_force(shard: Shard) -> NDArray[np.float64]:
+    """Largest force component of each frame, (n_frames,), eV/A."""
+    largest: NDArray[np.float64] = np.maximum.reduceat(np.abs(shard.forces).max(axis=1), shard.offset[:-1])
+    return largest

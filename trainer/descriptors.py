@@ -11,15 +11,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from potential.aev import AEVParameters
 from potential.kernels import aev_forward, aev_jvp, aev_vjp, pair_differences, pair_sums, respond
 from potential.neighbours import find_neighbours, pair_vectors
 from potential.structures import Structures
-from shards.frame import Frame
 from trainer.loss import References, Weights, pulls
 
 __all__ = ["Block", "Geometry", "describe", "jacobian_bytes", "join", "with_jacobian"]
@@ -41,14 +43,18 @@ class Geometry:
     jacobian: Tensor
 
 
-def describe(frame: Frame, elements: Sequence[str], p: AEVParameters, dtype: torch.dtype) -> Geometry:
-    """Find the neighbours in float64, and the AEVs in `dtype`."""
-    structures = Structures.from_frames([frame], elements, torch.float64, torch.device("cpu"))
+def describe(structures: Structures, p: AEVParameters, dtype: torch.dtype) -> list[Geometry]:
+    """Find the neighbours in float64, and the AEVs in `dtype`; what comes out of one structure is its own alone."""
     neighbours = find_neighbours(structures, max(p.radial_cutoff_A, p.angular_cutoff_A))
     vec = pair_vectors(structures, neighbours).to(dtype)
-    species = structures.species
+    species, first = structures.species, structures.first_atom
     aev = aev_forward(vec, neighbours.row, species[neighbours.other], p)
-    return Geometry(species, aev, vec, neighbours.centre, neighbours.other, aev.new_empty(0, aev.numel()))
+    geometries = []
+    for (a, b), (e, f) in zip(pairwise(first.tolist()), pairwise(neighbours.row[first].tolist()), strict=True):
+        centre, other = neighbours.centre[e:f] - a, neighbours.other[e:f] - a
+        jacobian = aev.new_empty(0, (b - a) * p.length)
+        geometries.append(Geometry(species[a:b], aev[a:b], vec[e:f], centre, other, jacobian))
+    return geometries
 
 
 def with_jacobian(geometry: Geometry, p: AEVParameters) -> Geometry:
@@ -60,16 +66,17 @@ def with_jacobian(geometry: Geometry, p: AEVParameters) -> Geometry:
     return Geometry(
         geometry.species,
         geometry.aev,
-        geometry.vec[:0],
-        geometry.centre[:0],
-        geometry.other[:0],
+        geometry.vec.new_empty(0, 3),
+        geometry.centre.new_empty(0),
+        geometry.other.new_empty(0),
         rows.reshape(3 * n + 6, -1).contiguous(),
     )
 
 
-def jacobian_bytes(n_atoms: Sequence[int], length: int, dtype: torch.dtype) -> int:
+def jacobian_bytes(n_atoms: NDArray[np.int32], length: int, dtype: torch.dtype) -> int:
     """Return the size of the dense Jacobians of structures of so many atoms and AEVs of `length`."""
-    return sum((3 * n + 6) * n * length for n in n_atoms) * dtype.itemsize
+    n = n_atoms.astype(np.int64)
+    return int(((3 * n + 6) * n).sum()) * length * dtype.itemsize
 
 
 class Block(ABC):

@@ -142,7 +142,7 @@ def step_gradient(problem: Problem, parameters: Tensor, structures: NDArray[np.i
     The loss of a member is the mean over those of all ranks' structures that it trains on.
     """
     weights = weights_of(problem.settings)
-    share = 1 / problem.learns[:, structures].sum(1).clamp(min=1)
+    share = 1 / problem.learns[:, structures].sum(1).clamp(min=1).to(parameters.dtype)
     gradient = torch.zeros_like(parameters)
     sums = torch.zeros(len(parameters), len(COLUMNS), dtype=torch.float64)
     for part, block, truth in problem.blocks(problem.mine(structures)):
@@ -192,7 +192,7 @@ def _epoch(
     """Advance `state` by one epoch; return its row of metrics and whether some rank was asked to stop."""
     rates = torch.tensor(state.plateau.rates, dtype=torch.float64)
     train = torch.zeros(len(rates), len(COLUMNS), dtype=torch.float64)
-    for structures in problem.windows.epoch(seed, state.epoch):
+    for structures in problem.epoch(seed, state.epoch):
         gradient, sums = step_gradient(problem, state.parameters, structures)
         world.add_up(gradient, "gradient")
         state.adam.update(state.parameters, gradient, rates, factors)

@@ -18,7 +18,7 @@ from trainer.config import TrainerSettings, TransferSettings
 __all__ = ["Job", "read_job", "write_job"]
 
 # How the work is done, not what comes out: a training may be resumed with other values of these.
-EXECUTION = {"ranks", "checkpoint_every_s", "jacobian_memory_GB", "max_epochs", "max_minutes"}
+EXECUTION = {"ranks", "checkpoint_every_s", "jacobian_memory_GB", "memory_share", "max_epochs", "max_minutes"}
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,13 @@
-"""What does one rank hold? Its share of the structures with their descriptors and labels, and who learns from which."""
+"""What does a rank work on? Its share of the structures, with descriptors and labels, and who learns from which."""
 
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import zip_longest
 
 import numpy as np
 import torch
@@ -13,21 +15,26 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from potential.aev import AEVParameters
-from shards.frame import Frame
-from shards.label import Label
+from potential.structures import Structures
+from shards.reader import Batch
 from trainer.batches import Windows
 from trainer.config import TrainerSettings
 from trainer.dataset import Dataset
 from trainer.descriptors import Block, Geometry, describe, jacobian_bytes, join, with_jacobian
 from trainer.folds import TRAIN, assign_blocks, member_roles
 from trainer.loss import References
+from trainer.memory import Plan, make_plan
 from trainer.networks import Networks
+from trainer.prefetch import Prefetcher
 
-__all__ = ["Example", "Problem", "make_example", "references"]
+__all__ = ["Example", "Problem", "make_examples", "references"]
 
 log = logging.getLogger(__name__)
 # The kernels cut atoms into blocks of their own; longer joints only save calls, and cost memory.
 ATOMS_PER_BLOCK = 512
+BLOCKS_AHEAD = 4
+N_SAMPLED = 64
+OBJECTS_BYTES = 4500  # of the Python objects of one Example, measured
 
 
 @dataclass(frozen=True)
@@ -40,17 +47,15 @@ class Example:
     volume: float  # A^3
 
 
-def make_example(frame: Frame, label: Label, geometry: Geometry, self_energy: float) -> Example:
-    dtype = geometry.aev.dtype
-    virial = frame.volume_A3 * label.stress[[0, 1, 2, 1, 0, 0], [0, 1, 2, 2, 2, 1]]
-    if not frame.pbc.all():
-        virial = np.full(6, np.nan)  # the cell has no volume that the stress could refer to
-    return Example(
-        geometry,
-        label.energy - self_energy,
-        torch.tensor(np.concatenate([label.forces.ravel(), virial]), dtype=dtype),
-        frame.volume_A3,
-    )
+def make_examples(batch: Batch, energy: NDArray[np.float64], geometries: Sequence[Geometry]) -> list[Example]:
+    """energy: (B,), eV, less the self energies."""
+    dtype = geometries[0].aev.dtype
+    volume = np.abs(np.linalg.det(batch.cell))
+    virial = volume[:, None] * batch.stress[:, [0, 1, 2, 1, 0, 0], [0, 1, 2, 2, 2, 1]]
+    virial[~batch.pbc.all(axis=1)] = np.nan  # the cell has no volume that the stress could refer to
+    forces = torch.from_numpy(batch.forces).to(dtype).split(np.diff(batch.offset).tolist())
+    targets = map(torch.cat, zip((part.flatten() for part in forces), torch.from_numpy(virial).to(dtype), strict=True))
+    return [Example(*row) for row in zip(geometries, energy.tolist(), targets, volume.tolist(), strict=True)]
 
 
 def references(examples: Sequence[Example], block: Block) -> References:
@@ -67,10 +72,10 @@ def references(examples: Sequence[Example], block: Block) -> References:
 
 
 class Problem:
-    """The structures of `dataset`, those of `rank` described and in memory.
+    """The structures of `dataset`, and of those of `rank` as much in memory as `allowed_GB` has room for.
 
-    roles: (n_members, n), TRAIN, VALID or TEST. learns: the same, 1 where TRAIN, else 0. windows: which structures
-    make up a step.
+    roles: (n_members, n), TRAIN, VALID or TEST. learns: the same, true where TRAIN. windows: which structures make up a
+    step. plan: what is kept; the same numbers come out whether structures are kept or streamed.
     """
 
     def __init__(
@@ -84,49 +89,85 @@ class Problem:
         settings: TrainerSettings,
         rank: int,
         n_ranks: int,
+        allowed_GB: float = math.inf,
     ) -> None:
         self.dataset = dataset
         self.networks = networks
         self.settings = settings
-        self.windows = Windows(dataset.n_atoms.tolist(), dataset.ids, settings.batch, settings.steps_per_epoch)
-        self.roles = torch.from_numpy(member_roles(assign_blocks(dataset.ids), n_members))
-        self.learns = (self.roles == TRAIN).to(getattr(torch, settings.dtype))
+        self.windows = Windows(dataset.n_atoms, settings.batch, settings.steps_per_epoch)
+        self.roles = torch.from_numpy(member_roles(assign_blocks(dataset.keys), n_members))
+        self.learns = self.roles == TRAIN
         self._p = p
-        self._rank_of = np.zeros(len(dataset), dtype=np.int64)
-        for other in range(n_ranks):
-            self._rank_of[self.windows.owned(other, n_ranks)] = other
-        self._rank = rank
-        self._examples = self._describe(self_energies, elements)
+        self._elements = elements
+        self._energy = dataset.energy - dataset.counts @ self_energies
+        self._is_mine = np.zeros(len(dataset), dtype=bool)
+        own = self.windows.owned(rank, n_ranks)
+        self._is_mine[own] = True
+        self._coming = Prefetcher(self._block, BLOCKS_AHEAD)
+        self._kept: dict[int, Example] | None = None
+        self.plan = self._plan(own, allowed_GB)
+        if self.plan.descriptors:
+            self._keep(own)
 
     def mine(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return those of the structures that this rank works on."""
-        kept: NDArray[np.int64] = indices[self._rank_of[indices] == self._rank]
+        kept: NDArray[np.int64] = indices[self._is_mine[indices]]
         return kept
+
+    def epoch(self, seed: int, epoch: int) -> Iterator[NDArray[np.int64]]:
+        """Yield the structures of each step, and begin to read those of the next one where they are streamed."""
+        steps = self.windows.epoch(seed, epoch)
+        for structures, following in zip_longest(steps, steps[1:]):
+            if following is not None and self._kept is None:
+                self._coming.expect(self._cut(self.mine(following)))
+            yield structures
 
     def blocks(self, indices: NDArray[np.int64]) -> Iterator[tuple[Tensor, Block, References]]:
         """Join structures of this rank into blocks that fit a core's cache; yield each with its indices."""
-        atoms = np.cumsum(self.dataset.n_atoms[indices]) - 1
-        for block in np.unique(atoms // ATOMS_PER_BLOCK):
-            part = indices[atoms // ATOMS_PER_BLOCK == block]
-            examples = [self._examples[int(i)] for i in part]
-            joined = join([example.geometry for example in examples], self._p)
-            yield torch.from_numpy(part), joined, references(examples, joined)
+        parts = self._cut(indices)
+        return self._coming.each(parts) if self._kept is None else map(self._block, parts)
 
-    def _describe(self, self_energies: NDArray[np.float64], elements: Sequence[str]) -> dict[int, Example]:
-        dtype, allowed_GB = getattr(torch, self.settings.dtype), self.settings.jacobian_memory_GB
-        start = time.perf_counter()
-        size_GB = jacobian_bytes(self.dataset.n_atoms.tolist(), self._p.length, dtype) / 1e9
-        keep = size_GB <= allowed_GB
-        log.info(
-            "%d structures, %d atoms; descriptor derivatives %s: keeping them takes %.3f GB, allowed are %.3f GB",
-            len(self.dataset), self.dataset.n_atoms.sum(), "kept" if keep else "recomputed", size_GB, allowed_GB,
-        )  # fmt: skip
-        examples = {}
-        for index in np.flatnonzero(self._rank_of == self._rank):
-            frame, label = self.dataset.row(int(index))
-            geometry = describe(frame, elements, self._p, dtype)
-            geometry = with_jacobian(geometry, self._p) if keep else geometry
-            self_energy = float(self.dataset.counts[index] @ self_energies)
-            examples[int(index)] = make_example(frame, label, geometry, self_energy)
-        log.info("described %d structures in %.1f s", len(examples), time.perf_counter() - start)
-        return examples
+    def _cut(self, indices: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+        block = (np.cumsum(self.dataset.n_atoms[indices]) - 1) // ATOMS_PER_BLOCK
+        return np.split(indices, np.flatnonzero(np.diff(block)) + 1) if len(indices) else []
+
+    def _block(self, part: NDArray[np.int64]) -> tuple[Tensor, Block, References]:
+        examples = self._examples(part) if self._kept is None else [self._kept[i] for i in part.tolist()]
+        joined = join([example.geometry for example in examples], self._p)
+        return torch.from_numpy(part), joined, references(examples, joined)
+
+    def _examples(self, part: NDArray[np.int64]) -> list[Example]:
+        batch = self.dataset.gather(part)
+        structures = Structures.from_batch(batch, self._elements)
+        geometries = describe(structures, self._p, getattr(torch, self.settings.dtype))
+        return make_examples(batch, self._energy[part], geometries)
+
+    def _plan(self, own: NDArray[np.int64], allowed_GB: float) -> Plan:
+        """Measure what some of the structures take, and decide what of all of them is kept."""
+        n_atoms, length = self.dataset.n_atoms, self._p.length
+        dtype = getattr(torch, self.settings.dtype)
+        sample = np.unique(own[np.linspace(0, len(own) - 1, N_SAMPLED).astype(np.int64)]) if len(own) else own
+        n_bytes = sum(_n_bytes(example) for part in self._cut(sample) for example in self._examples(part))
+        per_atom = n_bytes / max(int(n_atoms[sample].sum()), 1)
+        plan = make_plan(
+            int(n_atoms[own].sum()) * per_atom / 1e9,
+            jacobian_bytes(n_atoms[own], length, dtype) / 1e9,
+            allowed_GB,
+            jacobian_bytes(n_atoms, length, dtype) / 1e9 <= self.settings.jacobian_memory_GB,
+        )
+        log.info("%d structures, %d atoms; on this rank %d: %s", len(n_atoms), n_atoms.sum(), len(own), plan.reason)
+        return plan
+
+    def _keep(self, own: NDArray[np.int64]) -> None:
+        start, kept = time.perf_counter(), {}
+        for part in self._cut(own):
+            for i, example in zip(part.tolist(), self._examples(part), strict=True):
+                geometry = with_jacobian(example.geometry, self._p) if self.plan.derivatives else example.geometry
+                kept[i] = replace(example, geometry=geometry)
+        self._kept = kept
+        log.info("described %d structures in %.1f s", len(own), time.perf_counter() - start)
+
+
+def _n_bytes(example: Example) -> int:
+    tensors = [value for part in (example, example.geometry) for value in vars(part).values() if torch.is_tensor(value)]
+    return OBJECTS_BYTES + sum(tensor.nbytes for tensor in tensors)

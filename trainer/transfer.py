@@ -11,13 +11,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from potential.committee import Committee, Evaluation
 from potential.structures import Structures
-from shards.frame import Frame
 from shards.label import Level
 from shards.outcome import Receipt
 from trainer.config import TransferSettings
@@ -72,36 +70,39 @@ def layer_factors(networks: Networks, settings: TransferSettings) -> Tensor:
 
 def shift_self_energies(committee: Committee, dataset: Dataset) -> NDArray[np.float64]:
     """Self energies, (n_elements,), eV, with which the committee as it is fits the dataset best."""
-    frames = [dataset.row(i)[0] for i in range(len(dataset))]
-    predicted = np.concatenate([evaluation.energy.numpy() for evaluation in _evaluations(committee, frames, "none")])
+    evaluations = _evaluations(committee, dataset, np.arange(len(dataset)), "none")
+    predicted = np.concatenate([evaluation.energy.numpy() for _, evaluation in evaluations])
     shift = fit_self_energies(dataset.counts, dataset.energy - predicted)
     return np.asarray(committee.self_energies.numpy() + shift, dtype=np.float64)
 
 
 def borrow_forces(
     committee: Committee, dataset: Dataset, settings: TransferSettings, replay: Sequence[Receipt]
-) -> dict[str, NDArray[np.float64]]:
-    """Forces of the lower level for frames of the dataset that have none: frame id -> (n_atoms, 3), eV/A.
+) -> dict[int, NDArray[np.float64]]:
+    """Forces of the lower level for frames of the dataset that have none: index -> (n_atoms, 3), eV/A.
 
     Raises:
         DatasetError: no frame of the dataset has forces in `replay`.
     """
-    without = [i for i in range(len(dataset)) if np.isnan(dataset.max_force[i])]
-    if settings.forces == "labels" or not without:
+    without = np.flatnonzero(np.isnan(dataset.max_force))
+    if settings.forces == "labels" or not len(without):
         return {}
     if settings.forces == "replayed":
-        lower = load_dataset(replay, committee.elements, verify=True)
-        place = {id: i for i, id in enumerate(lower.ids)}
-        rows = {dataset.ids[i]: lower.row(place[dataset.ids[i]])[1] for i in without if dataset.ids[i] in place}
-        found = {id: label.forces for id, label in rows.items() if label.has_forces}
-        if not found:
-            raise DatasetError("transfer.forces = 'replayed': no frame of the labels has forces in the replayed ones")
-        return found
-    frames = [dataset.row(i)[0] for i in without]
-    by_batch = [evaluation.forces_mean for evaluation in _evaluations(committee, frames, "mean")]
-    forces = torch.cat([each for each in by_batch if each is not None]).double().numpy()
-    parts = np.split(forces, np.cumsum([frame.n_atoms for frame in frames])[:-1])
-    return {frame.id: part for frame, part in zip(frames, parts, strict=True)}
+        return _replayed(dataset, without, load_dataset(replay, committee.elements, verify=True))
+    found: dict[int, NDArray[np.float64]] = {}
+    for part, evaluation in _evaluations(committee, dataset, without, "mean"):
+        assert evaluation.forces_mean is not None
+        forces = np.split(evaluation.forces_mean.double().numpy(), np.cumsum(dataset.n_atoms[part])[:-1])
+        found |= zip(part.tolist(), forces, strict=True)
+    return found
+
+
+def _replayed(dataset: Dataset, without: NDArray[np.int64], lower: Dataset) -> dict[int, NDArray[np.float64]]:
+    place = {lower.id(j): j for j in np.flatnonzero(np.isfinite(lower.max_force)).tolist()}
+    places = {i: place[dataset.id(i)] for i in without.tolist() if dataset.id(i) in place}
+    if not places:
+        raise DatasetError("transfer.forces = 'replayed': no frame of the labels has forces in the replayed ones")
+    return {i: lower.gather(np.array([j])).forces for i, j in places.items()}
 
 
 def compare_layers(networks: Networks, before: Tensor, after: Tensor) -> dict[str, dict[str, float]]:
@@ -120,9 +121,9 @@ def compare_layers(networks: Networks, before: Tensor, after: Tensor) -> dict[st
 
 
 def _evaluations(
-    committee: Committee, frames: Sequence[Frame], forces: Literal["none", "mean"]
-) -> Iterator[Evaluation]:
-    for start in range(0, len(frames), FRAMES_PER_BATCH):
-        part = frames[start : start + FRAMES_PER_BATCH]
-        structures = Structures.from_frames(part, committee.elements, torch.float64, committee.device)
-        yield committee.evaluate(structures, forces=forces)
+    committee: Committee, dataset: Dataset, indices: NDArray[np.int64], forces: Literal["none", "mean"]
+) -> Iterator[tuple[NDArray[np.int64], Evaluation]]:
+    for start in range(0, len(indices), FRAMES_PER_BATCH):
+        part = indices[start : start + FRAMES_PER_BATCH]
+        structures = Structures.from_batch(dataset.gather(part), committee.elements).to(device=committee.device)
+        yield part, committee.evaluate(structures, forces=forces)

@@ -15,6 +15,7 @@ class World(ABC):
 
     rank: int
     n_ranks: int
+    n_here: int  # ranks on this node
 
     @abstractmethod
     def add_up(self, values: Tensor, name: str) -> None:
@@ -26,6 +27,7 @@ class Solo(World):
 
     rank = 0
     n_ranks = 1
+    n_here = 1
 
     def add_up(self, values: Tensor, name: str) -> None:
         pass
@@ -38,6 +40,7 @@ class _Horovod(World):
         hvd.init()
         self.rank = hvd.rank()
         self.n_ranks = hvd.size()
+        self.n_here = hvd.local_size()
         self._hvd = hvd
 
     def add_up(self, values: Tensor, name: str) -> None:

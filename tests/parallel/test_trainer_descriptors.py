@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -13,9 +15,11 @@ from shards import Manifest
 from trainer.config import TrainerSettings
 from trainer.dataset import Dataset, fit_self_energies, load_dataset
 from trainer.descriptors import describe, join, with_jacobian
-from trainer.fit import step_gradient
+from trainer.fit import fit, role_sums, step_gradient
+from trainer.folds import VALID
 from trainer.networks import Networks
 from trainer.problem import Problem
+from trainer.world import Solo
 
 ELEMENTS = ("Al", "Cu")
 
@@ -31,7 +35,7 @@ def dataset(tmp_path_factory) -> Dataset:
     return load_dataset(Manifest(manifest).receipts(), ELEMENTS, verify=True)
 
 
-def _problem(dataset, committee, rank=0, n_ranks=1, **settings) -> Problem:
+def _problem(dataset, committee, rank=0, n_ranks=1, allowed_GB=1.0, **settings) -> Problem:
     return Problem(
         dataset,
         fit_self_energies(dataset.counts, dataset.energy),
@@ -39,16 +43,17 @@ def _problem(dataset, committee, rank=0, n_ranks=1, **settings) -> Problem:
         committee.aev,
         ELEMENTS,
         committee.n_members,
-        TrainerSettings(dtype="float64", steps_per_epoch=2, **settings),
+        TrainerSettings(**({"dtype": "float64", "steps_per_epoch": 2} | settings)),
         rank,
         n_ranks,
+        allowed_GB,
     )
 
 
 @pytest.mark.parametrize("kept", [True, False])
 def test_forces_and_stress_of_training_equal_those_of_the_committee(committee, kept):
     frames = [frame for frame, _ in emt_rows(3, seed=5, elements=ELEMENTS)]
-    geometries = [describe(frame, ELEMENTS, committee.aev, torch.float64) for frame in frames]
+    geometries = describe(Structures.from_frames(frames, ELEMENTS), committee.aev, torch.float64)
     block = join(
         [with_jacobian(geometry, committee.aev) if kept else geometry for geometry in geometries], committee.aev
     )
@@ -67,7 +72,7 @@ def test_forces_and_stress_of_training_equal_those_of_the_committee(committee, k
 def test_lift_is_the_transpose_of_project(committee, kept):
     torch.manual_seed(0)
     frames = [frame for frame, _ in emt_rows(2, seed=6, elements=ELEMENTS)]
-    geometries = [describe(frame, ELEMENTS, committee.aev, torch.float64) for frame in frames]
+    geometries = describe(Structures.from_frames(frames, ELEMENTS), committee.aev, torch.float64)
     block = join(
         [with_jacobian(geometry, committee.aev) if kept else geometry for geometry in geometries], committee.aev
     )
@@ -88,6 +93,52 @@ def test_gradients_are_the_same_kept_recomputed_and_summed_over_ranks(dataset, c
     assert torch.allclose(kept, recomputed, rtol=1e-9, atol=1e-11)
     assert torch.allclose(kept, sum(gradient for gradient, _ in parts), rtol=1e-10, atol=1e-12)
     assert torch.allclose(sums, sum(part for _, part in parts), rtol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_streamed_structures_give_the_same_bits_as_resident_ones(committee, tmp_path, dtype):
+    rows = emt_rows(40, elements=ELEMENTS)
+    for part in (rows[:9], rows[5:25], rows[25:]):  # of some frames there are two labels
+        manifest = write_manifest(tmp_path / "labels", part)
+    dataset = load_dataset(Manifest(manifest).receipts(), ELEMENTS, verify=True)
+    parameters = Networks.of(committee).take(committee, getattr(torch, dtype))
+    resident, streamed = (
+        _problem(dataset, committee, allowed_GB=allowed_GB, dtype=dtype, jacobian_memory_GB=0.0, steps_per_epoch=5)
+        for allowed_GB in (1.0, 0.0)
+    )
+    assert (resident.plan.descriptors, streamed.plan.descriptors) == (True, False)
+    for epoch in range(2):
+        for one, other in zip(resident.epoch(7, epoch), streamed.epoch(7, epoch), strict=True):
+            assert np.array_equal(one, other)
+            both = (step_gradient(problem, parameters, one) for problem in (resident, streamed))
+            assert all(torch.equal(a, b) for a, b in zip(*both, strict=True))
+        assert torch.equal(*(role_sums(problem, parameters, VALID) for problem in (resident, streamed)))
+
+
+def test_what_is_kept_follows_from_sizes_and_the_memory_that_is_allowed(dataset, committee):
+    everything = _problem(dataset, committee)
+    assert (everything.plan.descriptors, everything.plan.derivatives) == (True, True)
+    pattern = r"0\.000\d+ GB with descriptors, 0\.00\d+ GB more with derivatives, 1 GB allowed: all kept"
+    assert re.fullmatch(pattern, everything.plan.reason)
+    less = _problem(dataset, committee, allowed_GB=0.003)
+    assert (less.plan.descriptors, less.plan.derivatives) == (True, False)
+    assert less.plan.reason.endswith("the latter recomputed")
+    nothing = _problem(dataset, committee, allowed_GB=1e-5)
+    assert (nothing.plan.descriptors, nothing.plan.derivatives) == (False, False)
+    assert nothing.plan.reason.endswith("streamed from the shards")
+
+
+def test_a_step_takes_one_message_and_so_does_the_end_of_an_epoch(dataset, committee, tmp_path):
+    sent = []
+
+    class Listening(Solo):
+        def add_up(self, values, name):
+            sent.append(name)
+
+    problem = _problem(dataset, committee, steps_per_epoch=5, max_epochs=2)
+    parameters = Networks.of(committee).take(committee, torch.float64)
+    fit(problem, parameters, Listening(), seed=0, folder=tmp_path, job="", stop=lambda: False)
+    assert sent == ["resume", *(["gradient"] * 5 + ["epoch"]) * 2, "final"]
 
 
 def test_the_gradient_equals_the_finite_difference_of_the_loss(dataset, committee):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,19 +15,22 @@ from trainer.dataset import fit_self_energies
 from trainer.folds import TEST, TRAIN, VALID, assign_blocks, member_roles
 from trainer.launch import DEFAULT_LAUNCHER, rank_environment
 from trainer.loss import References, Weights, compare, pulls, summarise
+from trainer.memory import node_memory_GB
 from trainer.networks import Networks
 from trainer.optimiser import Adam, Plateau
+from trainer.prefetch import Prefetcher
 
 
-def _ids(n: int) -> list[str]:
-    return [hashlib.sha256(str(i).encode()).hexdigest()[:32] for i in range(n)]
+def _keys(n: int) -> np.ndarray:
+    """Frame ids as bytes, (n, 16)."""
+    return np.frombuffer(b"".join(hashlib.sha256(str(i).encode()).digest()[:16] for i in range(n)), "u1").reshape(n, 16)
 
 
 # folds
 
 
 def test_folds_of_a_member_are_disjoint_and_cover_all_frames_in_the_published_proportions():
-    roles = member_roles(assign_blocks(_ids(16_000)), 8)
+    roles = member_roles(assign_blocks(_keys(16_000)), 8)
     for role, share in ((TRAIN, 13 / 16), (VALID, 2 / 16), (TEST, 1 / 16)):
         # Binomial: three standard deviations of 16,000 draws are 0.009 at most.
         assert np.allclose((roles == role).mean(axis=1), share, atol=0.01)
@@ -34,14 +38,14 @@ def test_folds_of_a_member_are_disjoint_and_cover_all_frames_in_the_published_pr
 
 
 def test_eight_members_validate_each_frame_exactly_once():
-    roles = member_roles(assign_blocks(_ids(500)), 8)
+    roles = member_roles(assign_blocks(_keys(500)), 8)
     assert ((roles == VALID).sum(axis=0) == 1).all()
 
 
 @pytest.mark.parametrize("n", [8, 9, 12, 15, 16, 17, 20, 30, 60])
 def test_every_member_has_training_and_validation_frames_in_tiny_sets(n):
     for start in range(20):
-        roles = member_roles(assign_blocks(_ids(n + start)[start:]), 8)
+        roles = member_roles(assign_blocks(_keys(n + start)[start:]), 8)
         assert (roles == VALID).any(axis=1).all()
         assert (roles == TRAIN).any(axis=1).all()
         if n >= 16:
@@ -49,30 +53,30 @@ def test_every_member_has_training_and_validation_frames_in_tiny_sets(n):
 
 
 def test_blocks_stay_when_the_data_set_grows_and_do_not_depend_on_order():
-    ids = _ids(400)
-    small, large = assign_blocks(ids[:200]), assign_blocks(ids)
+    keys = _keys(400)
+    small, large = assign_blocks(keys[:200]), assign_blocks(keys)
     assert (small == large[:200]).all()
     order = np.random.default_rng(0).permutation(200)
-    assert (assign_blocks([ids[i] for i in order]) == small[order]).all()
+    assert (assign_blocks(keys[order]) == small[order]).all()
 
 
 def test_a_small_set_moves_only_as_many_frames_as_it_has_empty_blocks():
-    ids = _ids(40)
-    home = [hashlib.sha256(id.encode()).digest()[0] % 16 for id in ids]
-    moved = (assign_blocks(ids) != np.array(home)).sum()
+    keys = _keys(40)
+    home = [hashlib.sha256(key.tobytes().hex().encode()).digest()[0] % 16 for key in keys]
+    moved = (assign_blocks(keys) != np.array(home)).sum()
     assert moved <= 16 - len(set(home)) + 1
 
 
 def test_fewer_frames_than_validation_sets_are_refused():
     with pytest.raises(ValueError, match="7 labeled frames: cross-validation needs at least 8"):
-        assign_blocks(_ids(7))
+        assign_blocks(_keys(7))
 
 
 # batches
 
 
 def test_an_epoch_visits_every_structure_once_whatever_the_number_of_ranks():
-    windows = Windows([8 + i % 5 for i in range(103)], _ids(103), batch=16, least_steps=4)
+    windows = Windows(8 + np.arange(103) % 5, batch=16, least_steps=4)
     steps = windows.epoch(seed=1, epoch=3)
     assert sorted(np.concatenate(steps)) == list(range(103))
     for n_ranks in (1, 2, 3, 7, 40):
@@ -83,16 +87,59 @@ def test_an_epoch_visits_every_structure_once_whatever_the_number_of_ranks():
 
 
 def test_epochs_are_reproducible_and_differ():
-    windows = Windows([8] * 64, _ids(64), batch=16, least_steps=4)
+    windows = Windows(np.full(64, 8), batch=16, least_steps=4)
     first, again, other = windows.epoch(1, 0), windows.epoch(1, 0), windows.epoch(1, 1)
     assert all((a == b).all() for a, b in zip(first, again, strict=True))
     assert any((a != b).any() for a, b in zip(first, other, strict=True))
 
 
 def test_a_small_set_is_cut_into_smaller_batches():
-    assert Windows([8] * 20, _ids(20), batch=128, least_steps=8).n_steps == 8
-    assert Windows([8] * 5, _ids(5), batch=128, least_steps=8).n_steps == 5
-    assert Windows([8] * 1000, _ids(1000), batch=128, least_steps=8).n_steps == 8
+    assert Windows(np.full(20, 8), batch=128, least_steps=8).n_steps == 8
+    assert Windows(np.full(5, 8), batch=128, least_steps=8).n_steps == 5
+    assert Windows(np.full(1000, 8), batch=128, least_steps=8).n_steps == 8
+
+
+# prefetching
+
+
+def test_what_is_prefetched_comes_in_order_and_never_too_far_ahead():
+    made = []
+
+    def make(part):
+        made.append(int(part[0]))
+        return int(part[0])
+
+    parts = [np.array([i]) for i in range(20)]
+    prefetcher = Prefetcher(make, depth=3)
+    prefetcher.expect(parts[10:])
+    for i, one in enumerate(prefetcher.each(parts[:10])):
+        assert one == i
+        assert len(made) <= i + 4
+    assert list(prefetcher.each(parts[10:])) == list(range(10, 20))
+    assert made == list(range(20))  # each once, those expected too
+
+
+def test_what_goes_wrong_ahead_is_raised_where_it_is_asked_for():
+    def make(part):
+        if part[0] == 2:
+            raise ValueError("altered")
+        return int(part[0])
+
+    coming = Prefetcher(make, depth=4).each([np.array([i]) for i in range(5)])
+    assert [next(coming), next(coming)] == [0, 1]
+    with pytest.raises(ValueError, match="altered"):
+        next(coming)
+
+
+def test_a_control_group_may_allow_less_than_the_node_has(tmp_path, monkeypatch):
+    whole = node_memory_GB()
+    assert 0.1 < whole < 1e5
+    group = tmp_path / Path("/proc/self/cgroup").read_text().splitlines()[-1].split(":")[2].lstrip("/")
+    group.mkdir(parents=True, exist_ok=True)
+    (tmp_path / "memory.max").write_text("50000000\n")
+    (group / "memory.max").write_text("max\n" if group != tmp_path else "50000000\n")
+    monkeypatch.setattr("trainer.memory.GROUPS", tmp_path)
+    assert node_memory_GB() == 0.05
 
 
 # optimiser
@@ -133,10 +180,8 @@ def test_factors_are_learning_rates_of_single_parameters_and_zero_is_bitwise_res
 
 
 def test_folds_of_a_higher_level_are_those_of_the_lower_one():
-    ids = _ids(4000)
-    blocks = dict(zip(ids, assign_blocks(ids), strict=True))
-    some = ids[::20]
-    assert assign_blocks(some).tolist() == [blocks[id] for id in some]
+    keys = _keys(4000)
+    assert (assign_blocks(keys[::20]) == assign_blocks(keys)[::20]).all()
 
 
 def test_plateau_halves_the_rate_of_the_member_that_waits_and_stops_it_below_the_least():
