@@ -89,22 +89,27 @@ def run(
         Path | None, typer.Option(help="What the machine offers; see configs/sites. This one if not given.")
     ] = None,
 ) -> None:
-    """Run a campaign until it ends. The same command again goes on with one that was stopped, however it was."""
-    from campaign.config import load_campaign
+    """Run a campaign until it ends, then at its higher level. The same command again goes on with one that was stopped,
+    however it was."""
+    from campaign.config import at_higher_level, load_campaign
     from campaign.driver import run_campaign
+    from campaign.ledger import higher_run
     from campaign.site import Site, load_site
     from campaign.summary import write_summary
     from campaign.view import LiveView, page
 
     settings = load_campaign(config)
     folder = run_dir or Path("runs") / settings.campaign.name
-    console = _console()
-    with LiveView(folder, console) as view:
-        state = run_campaign(settings, folder, load_site(site) if site else Site(name="this machine"), view)
-    console.print(page(write_summary(folder, state)))
-    if state.failed:
-        print(f"smelt: the campaign failed: {state.finished}", file=sys.stderr)
-        raise typer.Exit(FAILED)
+    console, machine = _console(), load_site(site) if site else Site(name="this machine")
+    levels = [(settings, folder)]
+    levels += [(at_higher_level(settings), higher_run(folder))] if settings.higher else []
+    for each, place in levels:
+        with LiveView(place, console) as view:
+            state = run_campaign(each, place, machine, view)
+        console.print(page(write_summary(place, state)))
+        if state.failed:
+            print(f"smelt: the campaign failed: {state.finished}", file=sys.stderr)
+            raise typer.Exit(FAILED)
 
 
 @app.command()
@@ -112,16 +117,20 @@ def status(
     run_dir: RunDir, as_json: Annotated[bool, typer.Option("--json", help="Everything, for programs.")] = False
 ) -> None:
     """Say where a campaign is, while it runs or after: on any host that sees its directory."""
-    from campaign.ledger import read_state
+    from campaign.ledger import levels_of, read_state
     from campaign.summary import summarise
     from campaign.view import page
     from campaign.whereabouts import whereabouts
 
-    state = read_state(run_dir)
-    summary = summarise(run_dir, state) | whereabouts(run_dir, state)
+    summaries = []
+    for folder in levels_of(run_dir):
+        state = read_state(folder)
+        summaries.append(summarise(folder, state) | whereabouts(folder, state))
     if as_json:
-        print(json.dumps(summary, indent=2))
-    else:
+        higher = {"higher": summaries[1]} if len(summaries) > 1 else {}
+        print(json.dumps(summaries[0] | higher, indent=2))
+        return
+    for summary in summaries:
         _console().print(page(summary))
 
 
@@ -169,11 +178,12 @@ def stop(
 ) -> None:
     """Let a campaign start nothing more, and wait until what runs has ended. smelt run goes on from there."""
     from campaign.lease import holder_of
-    from campaign.ledger import read_state
+    from campaign.ledger import levels_of, read_state
     from campaign.stop import Request, request_stop
     from campaign.worker import work_under_way
 
     read_state(run_dir)
+    run_dir = next(filter(holder_of, levels_of(run_dir)), run_dir)
     said = ""
     while holder := holder_of(run_dir):
         if not said:

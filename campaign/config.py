@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ase.data import atomic_numbers
-from pydantic import Field, field_validator
+from pydantic import Field, JsonValue, field_validator
 
 from labeler.config import LabelerSettings
 from potential.config import PotentialSettings
@@ -23,6 +23,7 @@ __all__ = [
     "STOP_FIELDS",
     "CampaignConfig",
     "CampaignSettings",
+    "at_higher_level",
     "changed_fields",
     "config_digest",
     "load_campaign",
@@ -38,6 +39,9 @@ class CampaignSettings(Settings):
     """Name of the campaign, for people. Letters, digits, dot, dash, underscore."""
     elements: tuple[str, ...] = Field(min_length=1)
     """Chemical symbols the potential is made for."""
+    parent_run: str = ""
+    """Run directory, seen from this campaign's own, of a campaign at a lower level of theory: frames are chosen among
+    its labeled ones, and every model is carried over from its newest as [transfer] says. [higher] sets this."""
     seed: int = Field(default=0, ge=0, lt=2**31)
     """Every task derives its own seed from this one."""
     n_bootstrap: int = Field(default=100, ge=2)
@@ -115,6 +119,10 @@ class CampaignConfig(Settings):
     """Training of the committee."""
     transfer: TransferSettings = Field(default_factory=TransferSettings)
     """How `smelt transfer` carries a trained committee to a higher level of theory."""
+    higher: dict[str, dict[str, JsonValue]] = Field(default_factory=dict)
+    """A higher level of theory, at which the campaign goes on in RUN/higher when it has ended at its own: what differs
+    there, table by table, such as campaign = { n_bootstrap = 40, max_labels = 99 }, labeler = { engine = "composite" }.
+    Empty: there is none."""
 
 
 def load_campaign(path: Path) -> CampaignConfig:
@@ -131,7 +139,34 @@ def parse_campaign(table: dict[str, Any]) -> CampaignConfig:
     faults = _contradictions(config)
     if faults:
         raise SettingsError("\n".join(faults))
+    if config.higher:
+        at_higher_level(config)
     return config
+
+
+def at_higher_level(config: CampaignConfig) -> CampaignConfig:
+    """The configuration of the campaign in RUN/higher.
+
+    Raises:
+        SettingsError: what [higher] says does not fit.
+    """
+    table = config.model_dump(mode="json", exclude={"higher"})
+    table["campaign"] |= {"name": f"{config.campaign.name}-higher", "parent_run": ".."}
+    for name, changes in config.higher.items():
+        table[name] = _overlaid(table.get(name, {}), changes)
+    try:
+        return parse_campaign(table)
+    except SettingsError as error:
+        raise SettingsError("\n".join(f"higher.{fault}" for fault in str(error).splitlines())) from error
+
+
+def _overlaid(table: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    inner = {
+        name: _overlaid(table[name], value)
+        for name, value in changes.items()
+        if isinstance(value, dict) and isinstance(table.get(name), dict)
+    }
+    return table | changes | inner
 
 
 def _contradictions(config: CampaignConfig) -> list[str]:

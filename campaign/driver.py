@@ -32,7 +32,7 @@ from campaign.config import (
 from campaign.harvest import label_path, merge, published_label, reconcile, record_labels
 from campaign.horizon import task_limits
 from campaign.lease import Holder, Lease
-from campaign.ledger import Ledger
+from campaign.ledger import Ledger, read_state
 from campaign.policy import (
     Action,
     Build,
@@ -56,7 +56,7 @@ from campaign.reference import document
 from campaign.site import Site
 from campaign.state import POOL_OF, Candidate, State, Task
 from campaign.stop import Request, forget_stop, stop_request
-from campaign.tasks import candidates_path, scratch_folder, stage_call
+from campaign.tasks import candidates_path, parent_of, scratch_folder, stage_call
 from campaign.versions import revision, versions
 from campaign.worker import forget_work, has_begun, perform, read_outcome
 from shards.frame import Frame
@@ -96,7 +96,7 @@ def run_campaign(
     if isinstance(config, Path):
         config = load_campaign(config)
     limits = task_limits(config, site)
-    level = _check_environment(config)
+    level = _check_environment(config, run_dir)
     with _lease(run_dir, config) as holder, Ledger(run_dir) as ledger:
         if not _open_campaign(config, run_dir, ledger, level):
             return ledger.replay.state()
@@ -112,13 +112,25 @@ def run_campaign(
         return ledger.replay.state()
 
 
-def _check_environment(config: CampaignConfig) -> str:
+def _check_environment(config: CampaignConfig, run_dir: Path) -> str:
     """Find out before anything starts what would fail every task. Returns the digest of the level of theory."""
     from labeler.stage import level
     from sampler.starts import open_starts
 
-    open_starts(config.campaign.elements, config.builder)
-    return level(config.labeler, config.campaign.elements).digest
+    digest = level(config.labeler, config.campaign.elements).digest
+    if config.campaign.parent_run:
+        _check_parent(parent_of(config, run_dir), digest)
+    else:
+        open_starts(config.campaign.elements, config.builder)
+    return digest
+
+
+def _check_parent(parent: Path, level: str) -> None:
+    state = read_state(parent)
+    if not state.models:
+        raise SettingsError(f"campaign.parent_run: {parent}: has no model yet: let it come to its end first")
+    if state.level == level:
+        raise SettingsError(f"campaign.parent_run: {parent}: is of this very level of theory: change the labeler")
 
 
 @contextmanager
@@ -140,12 +152,18 @@ def _check_same_campaign(run_dir: Path, config: CampaignConfig) -> None:
             raise SettingsError(f"{run_dir}: not empty, and not a run directory: there is no config.toml in it")
         return
     changed = changed_fields(load_campaign(path), config)
-    forbidden = [f"{name}: {old!r} -> {new!r}" for name, (old, new) in changed.items() if name not in STOP_FIELDS]
+    forbidden = [f"{name}: {old!r} -> {new!r}" for name, (old, new) in changed.items() if not _may_change(name, config)]
     if forbidden:
         raise SettingsError(
             f"{run_dir}: was started with other settings ({'; '.join(forbidden)});"
             f" only {', '.join(sorted(STOP_FIELDS))} may change; use a new run directory"
         )
+
+
+def _may_change(name: str, config: CampaignConfig) -> bool:
+    """Does nothing of this run directory depend on the setting?"""
+    of_higher = name.partition(".")[0] in ("higher", "transfer") and not config.campaign.parent_run
+    return name in STOP_FIELDS or of_higher
 
 
 def _open_campaign(config: CampaignConfig, run_dir: Path, ledger: Ledger, level: str) -> bool:

@@ -16,7 +16,7 @@ import orjson
 
 from campaign.state import EVENTS, Replay, State, replay
 
-__all__ = ["Ledger", "LedgerError", "read_events", "read_run", "read_state"]
+__all__ = ["Ledger", "LedgerError", "higher_run", "levels_of", "read_events", "read_run", "read_state"]
 
 LEDGER = "ledger.jsonl"
 
@@ -51,6 +51,17 @@ def _parse(path: Path, number: int, line: bytes) -> dict[str, Any]:
         raise LedgerError(f"{path}:{number}: not an event of this version ({error}): restore the line") from error
     assert isinstance(event, dict)
     return event
+
+
+def higher_run(run_dir: Path) -> Path:
+    """Where a campaign goes on at its higher level of theory."""
+    return run_dir / "higher"
+
+
+def levels_of(run_dir: Path) -> list[Path]:
+    """The run directories of a campaign: its own, and that of its higher level once it has begun."""
+    higher = higher_run(run_dir)
+    return [run_dir, higher] if (higher / LEDGER).is_file() else [run_dir]
 
 
 def read_run(run_dir: Path) -> Iterator[dict[str, Any]]:

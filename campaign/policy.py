@@ -107,7 +107,7 @@ def decide(state: State, settings: CampaignSettings, slots: Mapping[str, int], n
     if state.stopping and _is_done(state, settings):
         return [Finish(state.stopping)]
     free = _free(state, slots)
-    rank = _rank(state, free["sample"])
+    rank = [] if settings.parent_run else _rank(state, free["sample"])
     return [
         *rank,
         *_sampling(state, settings, free["sample"] - len(rank)),
@@ -169,6 +169,9 @@ def _stop(state: State, settings: CampaignSettings, now: float) -> str:
         return f"max_generations: the next model is number {settings.max_generations}"
     if state.generation >= settings.max_generations:
         return f"max_generations: {state.generation} models"
+    if settings.parent_run:
+        done = _has_run_out(state) and not _is_under_way(state, settings)
+        return f"nothing left to choose: no other frame of {settings.parent_run} deserves a label" if done else ""
     walkers = state.walkers_newest
     if walkers.run >= settings.quiet_walkers and walkers.timeouts >= settings.quiet_fraction * walkers.run:
         return (
@@ -176,6 +179,17 @@ def _stop(state: State, settings: CampaignSettings, now: float) -> str:
             " ran to their end without a trigger"
         )
     return ""
+
+
+def _has_run_out(state: State) -> bool:
+    """With a parent run, whose frames take the place of walkers: did the newest model find fewer than it asked for?"""
+    return state.walkers_newest.timeouts > 0
+
+
+def _is_under_way(state: State, settings: CampaignSettings) -> bool:
+    """Labels or a model after which another frame may be worth choosing."""
+    labels = state.queue or state.in_flight
+    return bool(labels or state.n_running["train"] or _is_worth_training(state, settings))
 
 
 def _is_done(state: State, settings: CampaignSettings) -> bool:
@@ -251,6 +265,8 @@ def _sampling(state: State, settings: CampaignSettings, free: int) -> list[Actio
         return [Build(settings.n_bootstrap)] if state.n_running["build"] == 0 else []
     if not state.models:
         return []
+    if settings.parent_run:
+        return _choosing(state, settings, free)
     tally = state.stages.get("sample")
     n_finished = tally.finished if tally else 0
     yield_per_task = max(1.0, (state.n_candidates - state.n_bootstrap) / n_finished if n_finished else 1.0)
@@ -258,6 +274,14 @@ def _sampling(state: State, settings: CampaignSettings, free: int) -> list[Actio
     n_expected = len(state.queue) + yield_per_task * state.n_running["sample"]
     n_tasks = min(free, math.ceil((n_wanted - n_expected) / yield_per_task))
     return [Sample(state.generation)] * n_tasks
+
+
+def _choosing(state: State, settings: CampaignSettings, free: int) -> list[Action]:
+    """One choice at a time, of as many frames as the next model wants."""
+    n_wanted = min(settings.retrain_after, _n_left(state, settings))
+    if free <= 0 or state.n_running["sample"] or _has_run_out(state) or len(state.queue) >= n_wanted:
+        return []
+    return [Sample(state.generation)]
 
 
 def _labeling(state: State, settings: CampaignSettings, free: int, *, ranking: bool) -> list[Action]:

@@ -3,13 +3,16 @@ driver that takes up the task of a killed one makes the same call, with the same
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from campaign.config import CampaignConfig
-from campaign.harvest import manifest_path
+from campaign.harvest import PARTS, manifest_path
+from campaign.ledger import read_state
 from campaign.site import Site
 from campaign.state import Model, Task
 from labeler.config import LabelerSettings
@@ -19,6 +22,7 @@ __all__ = [
     "candidates_path",
     "labeler_there",
     "model_folder",
+    "parent_of",
     "progress_path",
     "run_dir_of",
     "scratch_folder",
@@ -55,9 +59,9 @@ def model_folder(run_dir: Path, generation: int) -> Path:
 
 
 def stage_call(task: Task, config: CampaignConfig, site: Site, run_dir: Path, models: tuple[Model, ...]) -> Call:
-    name = "sampler" if task.stage in ("build", "sample", "rank") else "labeler" if task.stage == "label" else "trainer"
-    arguments = _ARGUMENTS[task.stage](task, config, site, run_dir, models)
-    return Call(f"{name}.stage:{task.stage}", arguments, bounded=task.stage == "label")
+    calls = _CALLS | (_CALLS_WITH_PARENT if config.campaign.parent_run else {})
+    function, arguments = calls[task.stage]
+    return Call(function, arguments(task, config, site, run_dir, models), bounded=task.stage == "label")
 
 
 def _build(task: Task, config: CampaignConfig, site: Site, run_dir: Path, models: tuple[Model, ...]) -> dict[str, Any]:
@@ -134,11 +138,65 @@ def _model(task: Task, run_dir: Path, models: tuple[Model, ...]) -> Path:
     return run_dir / models[generation - 1].path
 
 
-_ARGUMENTS = {
-    "build": _build,
-    "sample": _sample,
-    "rank": _rank,
-    "label": _label,
-    "train": _train,
-    "evaluate": _evaluate,
-}
+def _choose(task: Task, config: CampaignConfig, site: Site, run_dir: Path, models: tuple[Model, ...]) -> dict[str, Any]:
+    dest, parent, labeled = (
+        candidates_path(run_dir, task.id),
+        parent_of(config, run_dir),
+        manifest_path(run_dir, "train"),
+    )
+    first = task.stage == "build"
+    return {
+        "model": _parent_model(config, run_dir) if first else _model(task, run_dir, models),
+        # What is held out there is held out here, by its id: but all of the first labels are for training.
+        "lower": [manifest_path(parent, part) for part in (["train"] if first else PARTS)],
+        "settings": config.sampler,
+        "n_frames": task.inputs["n_frames"] if first else config.campaign.retrain_after,
+        "dest": dest,
+        "known": sorted(set(dest.parent.glob("*.h5")) - {dest}),
+        "higher": labeled if labeled.exists() else None,
+    }
+
+
+def _transfer(
+    task: Task, config: CampaignConfig, site: Site, run_dir: Path, models: tuple[Model, ...]
+) -> dict[str, Any]:
+    replayed = config.transfer.forces == "replayed"
+    return {
+        "manifest": manifest_path(run_dir, "train"),
+        "model": _parent_model(config, run_dir),
+        "settings": config.trainer,
+        "transfer": config.transfer,
+        "dest": model_folder(run_dir, task.inputs["generation"]),
+        "seed": task.inputs["seed"],
+        "replay": manifest_path(parent_of(config, run_dir), "train") if replayed else None,
+        "launcher": site.train.launcher,
+        "nice": site.train.nice,
+    }
+
+
+def parent_of(config: CampaignConfig, run_dir: Path) -> Path:
+    return Path(os.path.normpath(run_dir / config.campaign.parent_run))
+
+
+def _parent_model(config: CampaignConfig, run_dir: Path) -> Path:
+    folder = parent_of(config, run_dir)
+    return folder / read_state(folder).models[-1].path
+
+
+_CALLS: Mapping[str, tuple[str, Callable[..., dict[str, Any]]]] = MappingProxyType(
+    {
+        "build": ("sampler.stage:build", _build),
+        "sample": ("sampler.stage:sample", _sample),
+        "rank": ("sampler.stage:rank", _rank),
+        "label": ("labeler.stage:label", _label),
+        "train": ("trainer.stage:train", _train),
+        "evaluate": ("trainer.stage:evaluate", _evaluate),
+    }
+)
+_CALLS_WITH_PARENT: Mapping[str, tuple[str, Callable[..., dict[str, Any]]]] = MappingProxyType(
+    {
+        "build": ("sampler.stage:choose", _choose),
+        "sample": ("sampler.stage:choose", _choose),
+        "train": ("trainer.stage:transfer", _transfer),
+    }
+)

@@ -16,7 +16,7 @@ from sampler.dynamics import committee_spreads
 from sampler.triggers import Spread
 from shards.frame import Frame
 
-__all__ = ["fingerprints", "measure_spreads"]
+__all__ = ["fingerprints", "measure_spreads", "predict_energies"]
 
 ATOMS_PER_BATCH = 4096
 
@@ -29,6 +29,13 @@ def measure_spreads(committee: Committee, frames: Sequence[Frame]) -> list[Sprea
         figures = torch.stack(committee_spreads(evaluation, structures), dim=1)
         spreads += [Spread(*row) for row in figures.tolist()]
     return spreads
+
+
+def predict_energies(committee: Committee, frames: Sequence[Frame]) -> NDArray[np.float64]:
+    """The committee's mean energy of each frame, (n_frames,), eV."""
+    parts = [committee.evaluate(structures, forces="none").energy for structures in _batches(committee, frames)]
+    energies: NDArray[np.float64] = torch.cat(parts).double().cpu().numpy()
+    return energies
 
 
 def fingerprints(committee: Committee, frames: Sequence[Frame]) -> NDArray[np.float64]:

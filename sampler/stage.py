@@ -1,4 +1,5 @@
-"""The three verbs of sampling, files in and files out: build random cells, sample with walkers, rank candidates."""
+"""The verbs of sampling, files in and files out: build random cells, sample with walkers, rank candidates, and choose
+frames for a higher level of theory."""
 
 from __future__ import annotations
 
@@ -6,33 +7,39 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from potential.committee import Committee
 from potential.model_file import load_committee
 from sampler.batch import Walker
 from sampler.builder import CrowdedCellError
 from sampler.config import BuilderSettings, SamplerSettings
 from sampler.cutting import cut_clusters
 from sampler.engine import Tally, run_walkers
+from sampler.levels import expected_seconds, gaps, worth
 from sampler.molecules import EmbeddingError
 from sampler.schedules import draw_schedule
-from sampler.scoring import fingerprints, measure_spreads
+from sampler.scoring import fingerprints, measure_spreads, predict_energies
 from sampler.selection import select
 from sampler.starts import open_starts
 from sampler.streams import derive_seed
-from sampler.triggers import TRIGGERS, Verdict, is_wanted
+from sampler.triggers import TRIGGERS, Spread, Verdict, is_wanted
 from shards.frame import Frame
+from shards.label import Label
+from shards.manifest import Manifest
 from shards.outcome import Clock, Failure, FailureClass, Outcome
 from shards.reader import open_shard
 from shards.writer import write_frames
 
-__all__ = ["build", "rank", "sample"]
+__all__ = ["build", "choose", "rank", "sample"]
 
 PROGRESS_EVERY_s = 2.0
+AT_A_TIME = 500  # frames whose fingerprints are compared with each other
 
 
 def build(elements: Sequence[str], settings: BuilderSettings, n_frames: int, seed: int, dest: Path) -> Outcome:
@@ -124,6 +131,52 @@ def rank(model: Path, frames: Sequence[Path], settings: SamplerSettings, known: 
     return Outcome("rank", clock.timing(), facts={"scores": scores, "order": order})
 
 
+def choose(
+    model: Path,
+    lower: Sequence[Path],
+    settings: SamplerSettings,
+    n_frames: int,
+    dest: Path,
+    known: Sequence[Path] = (),
+    higher: Path | None = None,
+) -> Outcome:
+    """Publish at `dest` the `n_frames` frames of the manifests `lower` that most deserve a label of a higher level.
+
+    model: the committee carried to the higher level; before there is one, that of the lower level. known: shards of
+    frames chosen before. higher: manifest of labels of the higher level, which tell what one costs; before there are
+    any, those of the lower one do. facts: n_frames; gap_meV, root mean square of the gap between the levels
+    / sqrt(n_atoms); seconds, mean time of a label of each level; and those of `sample`, with places for frames in the
+    stead of walkers: a place for which there was no frame has timed out.
+
+    Raises:
+        ManifestError, ShardError, ModelFileError: what cannot be read.
+    """
+    clock = Clock()
+    committee = load_committee(model, device=settings.device, dtype=torch.float64)
+    rows, labeled, before = _labels(lower), _labels([higher] if higher else []), _load(known)
+    frames = [frame for frame, _ in rows]
+    with clock.phase("scoring"):
+        spreads = measure_spreads(committee, frames)
+        gap = gaps(rows, predict_energies(committee, frames), committee.elements)
+        seconds = expected_seconds(frames, labeled or rows)
+        scores = worth(np.array([spread.energy for spread in spreads]), gap, seconds)
+    with clock.phase("selection"):
+        old = {frame.id for frame in before}
+        left = [i for i in np.argsort(-scores).tolist() if frames[i].id not in old]
+        kept = _unlike(committee, [frames[i] for i in left], before, n_frames, settings.duplicate_distance)
+        chosen = [_marked(frames[left[i]], spreads[left[i]], committee.digest) for i in kept]
+    facts = {
+        "n_frames": len(chosen),
+        "gap_meV": 1000 * float(np.sqrt((gap**2).mean())),
+        "seconds": {name: _seconds(part) for name, part in (("lower", rows), ("higher", labeled)) if part},
+        "walkers": n_frames,
+        "triggers": {"chosen": len(chosen)},
+        "timeouts": n_frames - len(chosen),
+    }
+    facts |= dict.fromkeys(("steps", "atom_steps", "exploded", "too_close"), 0)
+    return Outcome("choose", clock.timing(), (write_frames(dest, chosen),), facts=facts)
+
+
 def _walkers(
     start_of: Callable[[int], Frame], settings: SamplerSettings, n_walkers: int, seed: int
 ) -> Iterator[Walker]:
@@ -134,6 +187,35 @@ def _walkers(
 
 def _load(shards: Sequence[Path]) -> list[Frame]:
     return [frame for path in shards for frame in open_shard(path).frames()]
+
+
+def _labels(manifests: Sequence[Path]) -> list[tuple[Frame, Label]]:
+    return [row for manifest in manifests for shard in Manifest(manifest).shards() for row in shard.rows()]
+
+
+def _seconds(rows: Sequence[tuple[Frame, Label]]) -> float:
+    return float(np.mean([label.seconds for _, label in rows]))
+
+
+def _unlike(
+    committee: Committee, frames: Sequence[Frame], known: Sequence[Frame], count: int, distance: float
+) -> list[int]:
+    """The first `count` frames that are near-duplicates neither of known ones nor of one before them."""
+    kept: list[int] = []
+    prints = fingerprints(committee, known)
+    for start in range(0, len(frames), AT_A_TIME):
+        new = fingerprints(committee, frames[start : start + AT_A_TIME])
+        chosen = select(new, -np.arange(len(new)), distance=distance, known=prints)
+        prints = np.concatenate([prints, new[chosen]])
+        kept += [start + i for i in chosen]
+        if len(kept) >= count:
+            break
+    return kept[:count]
+
+
+def _marked(frame: Frame, spread: Spread, model: str) -> Frame:
+    origin = replace(frame.origin, model=model, energy_spread=spread.energy, force_spread=spread.force_mean)
+    return replace(frame, origin=origin)
 
 
 def _facts(tally: Tally) -> dict[str, Any]:

@@ -54,6 +54,24 @@ def test_walkers_and_labels_go_on_while_a_model_is_trained() -> None:
         assert Label in during
 
 
+def test_higher_level_chooses_one_batch_at_a_time_until_no_frame_is_left() -> None:
+    world = World(settings(parent_run="..", max_labels=500), triggers=lambda generation: 10 if generation < 3 else 0)
+    state = world.run()
+    assert state.finished.startswith("nothing left to choose")
+    assert not any(isinstance(action, Rank) for _, action in world.actions)
+    choices = [now for now, action in world.actions if isinstance(action, Sample)]
+    assert all(later - earlier >= 20 for earlier, later in pairwise(choices))  # each takes 20 s
+    # All that was chosen is labeled and trained on.
+    assert state.n_labels == state.n_candidates
+    assert state.models[-1].n_labels == state.n_train
+
+
+def test_higher_level_ends_at_its_number_of_labels() -> None:
+    state = World(settings(parent_run="..", max_labels=57), triggers=lambda generation: 10).run()
+    assert state.finished.startswith("max_labels: 57")
+    assert state.n_labels == 57
+
+
 def test_no_frame_is_given_to_two_label_tasks_unless_it_failed() -> None:
     rng = random.Random(1)
     fates = {}
