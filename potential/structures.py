@@ -52,7 +52,7 @@ class Structures:
             positions=torch.from_numpy(np.concatenate([f.positions for f in frames])).to(device, dtype),
             cell=torch.from_numpy(np.stack([frame.cell for frame in frames])).to(device, dtype),
             pbc=torch.from_numpy(np.stack([frame.pbc for frame in frames])).to(device),
-            frame_of_atom=torch.repeat_interleave(n_atoms).to(device),
+            frame_of_atom=torch.repeat_interleave(n_atoms, output_size=len(numbers)).to(device),
             n_atoms=n_atoms.to(device),
         )
 

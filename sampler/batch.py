@@ -86,7 +86,7 @@ class Batch:
             positions=self.positions,
             cell=self.cell,
             pbc=torch.tensor(pbc, device=device),
-            frame_of_atom=torch.repeat_interleave(n_atoms).to(device),
+            frame_of_atom=torch.repeat_interleave(n_atoms, output_size=sum(counts)).to(device),
             n_atoms=n_atoms.to(device),
         )
         self.frame_of_atom, self.first_atom = self.structures.frame_of_atom, self.structures.first_atom

@@ -22,7 +22,6 @@ from potential.kernels.reference import (
     kick,
     normals,
     pair_differences,
-    shortest_distances,
 )
 from potential.structures import Structures
 
@@ -147,6 +146,7 @@ def celu(value: torch.Tensor, alpha: float) -> tuple[torch.Tensor, torch.Tensor]
 
 
 networks = functools.partial(reference.networks, activate=celu)
+shortest_distances = functools.partial(reference.shortest_distances, vectors=pair_vectors)
 evaluate = functools.partial(blocks.evaluate, sys.modules[__name__])
 
 

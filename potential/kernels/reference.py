@@ -190,10 +190,14 @@ def pair_vectors(
 
 
 def shortest_distances(
-    structures: Structures, row: torch.Tensor, other: torch.Tensor, shift: torch.Tensor
+    structures: Structures,
+    row: torch.Tensor,
+    other: torch.Tensor,
+    shift: torch.Tensor,
+    vectors: Callable[..., torch.Tensor] = pair_vectors,
 ) -> torch.Tensor:
-    """(B,), A, float64: shortest listed distance of each frame; infinite where there is none."""
-    squared = pair_vectors(structures, row, other, shift, torch.float64).square().sum(1)
+    """(B,), A, float64: shortest listed distance of each frame; infinite where there is none. vectors: pair_vectors."""
+    squared = vectors(structures, row, other, shift, torch.float64).square().sum(1)
     frames = structures.frame_of_atom.index_select(0, torch.repeat_interleave(row.diff(), output_size=len(other)))
     none = squared.new_full((structures.n_frames,), torch.inf)
     return none.scatter_reduce(0, frames, squared, "amin").sqrt()

@@ -13,10 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pretended_device import like, pretended_device
 from test_kernels_evaluate import AEV, CELU_ALPHA, N_MEMBERS, SELF_ENERGIES, stacks
 from test_kernels_native import ALUMINIUM, environments, gap, numeric
-from torch._subclasses import FakeTensorMode
-from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 pytest.importorskip("triton")
 from potential import kernels
@@ -145,24 +144,18 @@ def test_the_programs_compile_for_an_h200(tmp_path):
     assert set(done.stdout.split()) == set(programs.__all__)
 
 
-def fake(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-    return torch.empty(tensor.shape, dtype=dtype or tensor.dtype, device="pretended")
-
-
 def test_an_evaluation_stays_on_its_device_and_never_waits_for_it(monkeypatch):
-    """On a pretended device, whose tensors hold nothing: to read one, or to mix devices, is an error."""
-    _setup_privateuseone_for_python_backend("pretended")
     structures = Structures.from_frames(frames(), ELEMENTS)
     by_species = structures.atoms_by_species  # found once for a batch, by waiting
     pairs = find_neighbours(structures, AEV.radial_cutoff_A)
     monkeypatch.setattr(gpu, "_launch", lambda program, grid, *arguments, **constants: None)
-    with FakeTensorMode():
-        there = Structures(**{field.name: fake(getattr(structures, field.name)) for field in fields(Structures)})
-        vars(there)["atoms_by_species"] = tuple(fake(atoms) for atoms in by_species)
-        networks = [Stack([fake(w) for w in s.weights], [fake(b) for b in s.biases]) for s in stacks(torch.float32)]
-        where = there, fake(pairs.row), fake(pairs.other), fake(pairs.shift)
+    with pretended_device() as device:
+        there = Structures(**{field.name: like(getattr(structures, field.name)) for field in fields(Structures)})
+        vars(there)["atoms_by_species"] = tuple(like(atoms) for atoms in by_species)
+        networks = [Stack([like(w) for w in s.weights], [like(b) for b in s.biases]) for s in stacks(torch.float32)]
+        where = there, like(pairs.row), like(pairs.other), like(pairs.shift)
         for n_gradients in (N_MEMBERS, 1, 0):
             energies, forces, _ = gpu.evaluate(
-                *where, AEV, networks, fake(SELF_ENERGIES), CELU_ALPHA, n_gradients, False
+                *where, AEV, networks, like(SELF_ENERGIES), CELU_ALPHA, n_gradients, False
             )
-            assert energies.device.type == forces.device.type == "pretended"
+            assert energies.device.type == forces.device.type == device
