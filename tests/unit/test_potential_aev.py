@@ -153,5 +153,5 @@ def test_blocks_do_not_change_the_answer(monkeypatch):
 
 def test_unknown_kernels_are_refused(monkeypatch):
     monkeypatch.setenv("SMELT_KERNELS", "fastest")
-    with pytest.raises(ValueError, match="SMELT_KERNELS = 'fastest': must be reference or native"):
+    with pytest.raises(ValueError, match="SMELT_KERNELS = 'fastest': must be reference, native or gpu"):
         kernels.implementation(torch.zeros(1))
