@@ -71,6 +71,8 @@ class _Network(torch.nn.Module):
         pairs = list(itertools.pairwise(widths))
         self.weights = torch.nn.ParameterList(torch.zeros(n_members, out, n) for n, out in pairs)
         self.biases = torch.nn.ParameterList(torch.zeros(n_members, out) for _, out in pairs)
+        # The same parameters: to iterate over a ParameterList takes as long as the forces of two atoms.
+        self.stack = Stack(list(self.weights), list(self.biases))
 
     def forward(self, aev: torch.Tensor) -> torch.Tensor:
         """(M, n), eV, from (n, L)."""
@@ -173,7 +175,7 @@ class Committee(torch.nn.Module):
             neighbours = find_neighbours(structures, self.cutoff_A)
         # Without the members' forces one gradient will do, that of the mean energy.
         n_gradients = self.n_members if forces == "members" else int(forces == "mean" or stress)
-        stacks = [Stack(list(network.weights), list(network.biases)) for network in self._stacks()]
+        stacks = [network.stack for network in self._stacks()]
         pairs = neighbours.row, neighbours.other, neighbours.shift
         energies, by_atom, stresses = evaluate(
             structures, *pairs, self.aev, stacks, self.self_energies, CELU_ALPHA, n_gradients, stress
