@@ -105,7 +105,7 @@ def stream(manifest: Manifest, n_steps: int) -> None:
     settings = TrainerSettings(batch=BATCH, ranks=N_RANKS, memory_share=0.0)
     self_energies = fit_self_energies(dataset.counts, dataset.energy)
     problem = Problem(
-        dataset, self_energies, networks, committee.aev, ORGANIC, N_MEMBERS, settings, world.rank, N_RANKS, allowed_GB=0.0
+        dataset, self_energies, networks, committee.aev, ORGANIC, N_MEMBERS, settings, world.rank, N_RANKS, allowed_GB=0
     )
     log.say(f"folds and batches made; on this rank: {problem.plan.reason}")
     read(problem, dataset, log)

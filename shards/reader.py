@@ -118,13 +118,19 @@ class Shard:
     """
 
     def __init__(
-        self, path: Path, kind: str, level: Level | None, digest: str, n_bytes: int, columns: dict[str, NDArray[Any]]
+        self,
+        path: Path,
+        kind: str,
+        level: Level | None,
+        digest: str,
+        buffer: bytes | mmap.mmap,
+        columns: dict[str, NDArray[Any]],
     ) -> None:
         self.path = path
         self.kind = kind
         self.level = level
         self.digest = digest
-        self._n_bytes = n_bytes
+        self._buffer = buffer
         self._columns = columns
         self._per_atom = columns["position_force" if kind == LABELS else "position"]
         self.offset: NDArray[np.int64] = columns["offset"]
@@ -191,7 +197,12 @@ class Shard:
     def receipt(self) -> Receipt:
         """The receipt that the writer handed out."""
         level = self.level.digest if self.level else ""
-        return Receipt(str(self.path), self.kind, self.n_frames, self.n_atoms, self._n_bytes, self.digest, level)
+        return Receipt(str(self.path), self.kind, self.n_frames, self.n_atoms, len(self._buffer), self.digest, level)
+
+    def read_no_more_than_asked(self) -> None:
+        """Have the system not read ahead around a frame: for random reads from files that its memory does not hold."""
+        if isinstance(self._buffer, mmap.mmap):
+            self._buffer.madvise(mmap.MADV_RANDOM)
 
     def part(self, rank: int, n_ranks: int) -> range:
         """The contiguous slice of frames that belongs to `rank`; sizes differ by one at most."""
@@ -345,7 +356,7 @@ def open_shard(path: Path, verify: bool = True) -> Shard:
     if verify:
         _verify(path, header, columns)
     level = Level.from_json(header.level) if header.level else None
-    return Shard(path, header.kind, level, header.digest, len(buffer), columns)
+    return Shard(path, header.kind, level, header.digest, buffer, columns)
 
 
 def read_receipt(path: Path) -> Receipt:

@@ -86,7 +86,11 @@ def _train(job: Job, world: World, stop: threading.Event) -> None:
     if job.transfer:
         factors = layer_factors(networks, job.transfer)
         dataset = replace(dataset, borrowed=borrow_forces(committee, dataset, job.transfer, job.replay))
-    allowed_GB = job.settings.memory_share * node_memory_GB() / world.n_here
+    allowed_GB = job.settings.memory_share * node_memory_GB()
+    cache_GB = node_memory_GB() - allowed_GB
+    if dataset.files_GB > cache_GB:
+        log.info("%.1f GB of shards, %.1f GB to cache them in: nothing is read ahead", dataset.files_GB, cache_GB)
+        dataset.read_no_more_than_asked()
     problem = Problem(
         dataset,
         committee.self_energies.numpy(),
@@ -97,9 +101,13 @@ def _train(job: Job, world: World, stop: threading.Event) -> None:
         job.settings,
         world.rank,
         world.n_ranks,
-        allowed_GB=allowed_GB,
+        allowed_GB=allowed_GB / world.n_here,
     )
     parameters = networks.take(committee, getattr(torch, job.settings.dtype))
+    log.info(
+        "%d members stacked on every rank; %d ranks share the structures of a step and add up %.2f MB once",
+        len(parameters), world.n_ranks, parameters.nbytes / 1e6,
+    )  # fmt: skip
     fitted = fit(
         problem, parameters, world, seed=job.seed, folder=job.dest, job=job.digest, stop=stop.is_set, factors=factors
     )

@@ -57,6 +57,16 @@ class Dataset:
                 batch.forces[batch.offset[i] : batch.offset[i + 1]] = self.borrowed[index]
         return batch
 
+    @property
+    def files_GB(self) -> float:
+        """Size of the shards."""
+        return sum(shard.receipt().n_bytes for shard in self._shards) / 1e9
+
+    def read_no_more_than_asked(self) -> None:
+        """For shards that are larger than the memory left for the system's cache of them."""
+        for shard in self._shards:
+            shard.read_no_more_than_asked()
+
     def subset(self, indices: NDArray[np.int64]) -> Dataset:
         """Only some of the frames; before any forces are borrowed."""
         assert not self.borrowed

@@ -60,6 +60,15 @@ def test_a_batch_holds_what_is_in_the_shards_in_the_order_that_was_asked_for(tmp
             np.testing.assert_array_equal(found, expected)
 
 
+def test_a_shard_that_is_not_read_ahead_says_the_same(tmp_path):
+    rng = np.random.default_rng(0)
+    large = Frame(np.full(30_000, 6), rng.normal(size=(30_000, 3)))
+    dataset = load_dataset(_write(tmp_path, [(large, Label(0.0, large.positions))]), ELEMENTS, verify=True)
+    assert dataset.files_GB == (tmp_path / "0.h5").stat().st_size / 1e9 > 1e-3  # large enough to be mapped
+    dataset.read_no_more_than_asked()
+    np.testing.assert_array_equal(dataset.gather(np.array([0])).positions, large.positions)
+
+
 def test_shards_without_a_label_are_no_dataset(tmp_path):
     with pytest.raises(DatasetError, match="no labeled frames to train on"):
         load_dataset(_write(tmp_path, [], []), ELEMENTS, verify=True)
