@@ -39,7 +39,7 @@ Floats = NDArray[np.float64]
 THEORIES = {"xtb": "GFN2-xTB", "dft": "wB97X/6-31G*"}
 TESTS = {"test": "unknown molecules", "known": "other geometries of known molecules"}
 # Thousands of cheap labels want fewer epochs than hundreds of dear ones.
-MANY_LABELS = {"batch": 64, "patience": 5, "max_epochs": 60}
+MANY_LABELS = {"batch": 16, "patience": 2, "max_epochs": 12}
 
 
 @dataclass(frozen=True)
