@@ -151,6 +151,7 @@ def _choose(task: Task, config: CampaignConfig, site: Site, run_dir: Path, model
         "lower": [manifest_path(parent, part) for part in (["train"] if first else PARTS)],
         "settings": config.sampler,
         "n_frames": task.inputs["n_frames"] if first else config.campaign.retrain_after,
+        "seed": task.inputs["seed"],
         "dest": dest,
         "known": sorted(set(dest.parent.glob("*.h5")) - {dest}),
         "higher": labeled if labeled.exists() else None,

@@ -136,11 +136,13 @@ def choose(
     lower: Sequence[Path],
     settings: SamplerSettings,
     n_frames: int,
+    seed: int,
     dest: Path,
     known: Sequence[Path] = (),
     higher: Path | None = None,
 ) -> Outcome:
-    """Publish at `dest` the `n_frames` frames of the manifests `lower` that most deserve a label of a higher level.
+    """Publish at `dest` `n_frames` frames of the manifests `lower`, at random among the quarter that most deserves a
+    label of a higher level: the very first ones are often all of one molecule.
 
     model: the committee carried to the higher level; before there is one, that of the lower level. known: shards of
     frames chosen before. higher: manifest of labels of the higher level, which tell what one costs; before there are
@@ -162,7 +164,8 @@ def choose(
         scores = worth(np.array([spread.energy for spread in spreads]), gap, seconds)
     with clock.phase("selection"):
         old = {frame.id for frame in before}
-        left = [i for i in np.argsort(-scores).tolist() if frames[i].id not in old]
+        left = np.array([i for i in np.argsort(-scores) if frames[i].id not in old], dtype=np.int64)
+        np.random.default_rng(seed).shuffle(left[: max(n_frames, len(left) // 4)])
         kept = _unlike(committee, [frames[i] for i in left], before, n_frames, settings.duplicate_distance)
         chosen = [_marked(frames[left[i]], spreads[left[i]], committee.digest) for i in kept]
     facts = {
