@@ -9,6 +9,7 @@ import ctypes
 import fcntl
 import json
 import logging
+import math
 import os
 import signal
 import sys
@@ -79,6 +80,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _train(job: Job, world: World, stop: threading.Event) -> None:
+    device = choose_device(job.settings.device, world.rank_here)
     dataset = _usable(load_dataset(job.receipts, job.elements, verify=world.rank == 0), job)
     committee = _first_committee(job, dataset)
     networks = Networks.of(committee)
@@ -86,8 +88,8 @@ def _train(job: Job, world: World, stop: threading.Event) -> None:
     if job.transfer:
         factors = layer_factors(networks, job.transfer)
         dataset = replace(dataset, borrowed=borrow_forces(committee, dataset, job.transfer, job.replay))
-    allowed_GB = job.settings.memory_share * node_memory_GB()
-    cache_GB = node_memory_GB() - allowed_GB
+    share = job.settings.memory_share
+    cache_GB = (1 - share) * node_memory_GB()
     if dataset.files_GB > cache_GB:
         log.info("%.1f GB of shards, %.1f GB to cache them in: nothing is read ahead", dataset.files_GB, cache_GB)
         dataset.read_no_more_than_asked()
@@ -101,7 +103,8 @@ def _train(job: Job, world: World, stop: threading.Event) -> None:
         job.settings,
         world.rank,
         world.n_ranks,
-        allowed_GB=allowed_GB / world.n_here,
+        share * _memory_GB(device, world.n_here),
+        device,
     )
     parameters = networks.take(committee, getattr(torch, job.settings.dtype))
     log.info(
@@ -109,12 +112,37 @@ def _train(job: Job, world: World, stop: threading.Event) -> None:
         len(parameters), world.n_ranks, parameters.nbytes / 1e6,
     )  # fmt: skip
     fitted = fit(
-        problem, parameters, world, seed=job.seed, folder=job.dest, job=job.digest, stop=stop.is_set, factors=factors
+        problem,
+        parameters.to(device),
+        world,
+        seed=job.seed,
+        folder=job.dest,
+        job=job.digest,
+        stop=stop.is_set,
+        factors=None if factors is None else factors.to(device),
     )
     if world.rank == 0:
-        layers = compare_layers(networks, parameters, fitted.state.best) if job.transfer else {}
+        layers = compare_layers(networks, parameters, fitted.state.best.cpu()) if job.transfer else {}
         networks.give(fitted.state.best, committee)
         _publish(job, dataset, committee, fitted, layers)
+
+
+def choose_device(device: str, rank_here: int) -> torch.device:
+    """The device of one rank of a node; `cuda` without a number is shared out among them.
+
+    Raises ValueError when there is no GPU.
+    """
+    if device != "cpu" and not torch.cuda.is_available():
+        raise ValueError(f"trainer.device = {device!r}: torch {torch.__version__} finds no GPU here: use 'cpu'")
+    return torch.device(f"cuda:{rank_here % torch.cuda.device_count()}" if device == "cuda" else device)
+
+
+def _memory_GB(device: torch.device, n_here: int) -> float:
+    """What there is for one of so many ranks of a node, of its memory or of that of its GPU."""
+    if device.type == "cpu":
+        return node_memory_GB() / n_here
+    total = torch.cuda.get_device_properties(device).total_memory
+    return total / 1e9 / math.ceil(n_here / torch.cuda.device_count())
 
 
 def _usable(dataset: Dataset, job: Job) -> Dataset:

@@ -40,6 +40,9 @@ class TrainerSettings(Settings):
     """Weight of the mean over six components of (volume * stress error)^2 / n_atoms, eV^2."""
     force_cap_eV_per_A: float = Field(default=1.0, gt=0)
     """Force errors beyond this count linearly, not squared (Huber), so that a few colliding atoms do not rule."""
+    device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")] = "cpu"
+    """Where the networks are trained: cpu, cuda:1, ..., or cuda: each rank of a node takes the next of its GPUs.
+    Descriptors and their derivatives lie there, too."""
     dtype: Literal["float32", "float64"] = "float32"
     """Precision of the networks while training. float64 costs about twice as much."""
     warm_start: bool = False
@@ -51,8 +54,9 @@ class TrainerSettings(Settings):
     jacobian_memory_GB: float = Field(default=4.0, ge=0)
     """Memory, over all ranks, for derivatives of the descriptors; a set that needs more recomputes them. 0: always."""
     memory_share: float = Field(default=0.5, ge=0, le=1)
-    """Share of a node's memory in which its ranks keep structures, descriptors and derivatives. What a larger set lacks
-    is made anew for every step: derivatives first; then structures are streamed from their shards. 0: nothing kept."""
+    """Share of a node's memory, or of that of the GPUs which train, to keep structures, descriptors and derivatives in.
+    What a larger set lacks is made anew for every step: derivatives first; then structures are streamed from their
+    shards. 0: nothing kept."""
     checkpoint_every_s: float = Field(default=30.0, ge=0)
     """Seconds between checkpoints; written at the end of an epoch. 0: every epoch."""
 

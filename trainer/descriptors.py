@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import numpy as np
 import torch
@@ -29,10 +29,10 @@ __all__ = ["Block", "Geometry", "describe", "jacobian_bytes", "join", "with_jaco
 
 @dataclass(frozen=True)
 class Geometry:
-    """One structure as the trainer sees it.
+    """One structure as the trainer sees it, on the device of the training but for its species.
 
-    species: (n,). aev: (n, L). Pairs sorted by centre: vec (E, 3), A; centre and other (E,). jacobian: (3n + 6, n * L),
-    rows -dAEV/dx then dAEV/dstrain (xx yy zz yz xz xy), or without rows when it is not kept.
+    species: (n,), on the CPU. aev: (n, L). Pairs sorted by centre: vec (E, 3), A; centre and other (E,). jacobian:
+    (3n + 6, n * L), rows -dAEV/dx then dAEV/dstrain (xx yy zz yz xz xy), or without rows when it is not kept.
     """
 
     species: Tensor
@@ -43,15 +43,21 @@ class Geometry:
     jacobian: Tensor
 
 
-def describe(structures: Structures, p: AEVParameters, dtype: torch.dtype) -> list[Geometry]:
-    """Find the neighbours in float64, and the AEVs in `dtype`; what comes out of one structure is its own alone."""
+def describe(
+    structures: Structures, p: AEVParameters, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> list[Geometry]:
+    """Find the neighbours in float64 on the CPU, and the AEVs in `dtype` on the device.
+
+    What comes out of one structure is its own alone.
+    """
     neighbours = find_neighbours(structures, max(p.radial_cutoff_A, p.angular_cutoff_A))
-    vec = pair_vectors(structures, neighbours).to(dtype)
+    vec = pair_vectors(structures, neighbours).to(device, dtype)
     species, first = structures.species, structures.first_atom
-    aev = aev_forward(vec, neighbours.row, species[neighbours.other], p)
+    aev = aev_forward(vec, neighbours.row.to(device), species[neighbours.other].to(device), p)
+    all_centres, all_others = neighbours.centre.to(device), neighbours.other.to(device)
     geometries = []
     for (a, b), (e, f) in zip(pairwise(first.tolist()), pairwise(neighbours.row[first].tolist()), strict=True):
-        centre, other = neighbours.centre[e:f] - a, neighbours.other[e:f] - a
+        centre, other = all_centres[e:f] - a, all_others[e:f] - a
         jacobian = aev.new_empty(0, (b - a) * p.length)
         geometries.append(Geometry(species[a:b], aev[a:b], vec[e:f], centre, other, jacobian))
     return geometries
@@ -60,7 +66,7 @@ def describe(structures: Structures, p: AEVParameters, dtype: torch.dtype) -> li
 def with_jacobian(geometry: Geometry, p: AEVParameters) -> Geometry:
     """Compute the rows of the Jacobian as products with unit vectors."""
     n = len(geometry.species)
-    units = torch.eye(3 * n + 6, dtype=geometry.aev.dtype)
+    units = torch.eye(3 * n + 6, dtype=geometry.aev.dtype, device=geometry.aev.device)
     forces, virial = units[:, : 3 * n].reshape(-1, n, 3), units[:, None, 3 * n :]
     rows = _Recomputed([geometry], p).lift(forces, virial.contiguous())
     return Geometry(
@@ -80,14 +86,14 @@ def jacobian_bytes(n_atoms: NDArray[np.int32], length: int, dtype: torch.dtype) 
 
 
 class Block(ABC):
-    """Some structures joined: B of them with N atoms in all."""
+    """Some structures joined: B of them with N atoms in all. Species (N,) are on the CPU."""
 
     def __init__(self, geometries: Sequence[Geometry]) -> None:
         counts = torch.tensor([len(geometry.species) for geometry in geometries])
         self.species = torch.cat([geometry.species for geometry in geometries])
         self.aev = torch.cat([geometry.aev for geometry in geometries])
-        self.frame_of_atom = torch.repeat_interleave(torch.arange(len(counts)), counts)
-        self.n_atoms = counts
+        self.frame_of_atom = torch.repeat_interleave(counts, output_size=len(self.species)).to(self.aev.device)
+        self.n_atoms = counts.to(self.aev.device)
 
     @abstractmethod
     def project(self, g: Tensor) -> tuple[Tensor, Tensor]:
@@ -141,16 +147,17 @@ class _Kept(Block):
 class _Recomputed(Block):
     def __init__(self, geometries: Sequence[Geometry], p: AEVParameters) -> None:
         super().__init__(geometries)
-        first = torch.cumsum(self.n_atoms, 0) - self.n_atoms
+        first = list(accumulate((len(geometry.species) for geometry in geometries[:-1]), initial=0))
         self._p = p
         self._vec = torch.cat([geometry.vec for geometry in geometries])
         self._centre = torch.cat([geometry.centre + at for geometry, at in zip(geometries, first, strict=True)])
         self._other = torch.cat([geometry.other + at for geometry, at in zip(geometries, first, strict=True)])
-        per_atom = torch.bincount(self._centre, minlength=len(self.species))
-        self._row = torch.cat([per_atom.new_zeros(1), torch.cumsum(per_atom, 0)])
+        self._species_other = self.species.to(self.aev.device)[self._other]
+        per_atom = torch.zeros_like(self.frame_of_atom).index_add_(0, self._centre, torch.ones_like(self._centre))
+        self._row = torch.nn.functional.pad(per_atom.cumsum(0), (1, 0))
 
     def project(self, g: Tensor) -> tuple[Tensor, Tensor]:
-        pull = aev_vjp(self._vec, self._row, self.species[self._other], g.contiguous(), self._p)  # dE/dvec
+        pull = aev_vjp(self._vec, self._row, self._species_other, g.contiguous(), self._p)  # dE/dvec
         forces = pair_sums(pull, self._row, self._other)
         x, y, z = self._vec.unbind(1)
         px, py, pz = pull.unbind(2)
@@ -169,4 +176,4 @@ class _Recomputed(Block):
             zz * z + (xz * x + yz * y) / 2,
         ]
         tangent += torch.stack(stretch, dim=2)
-        return aev_jvp(self._vec, self._row, self.species[self._other], tangent, self._p)
+        return aev_jvp(self._vec, self._row, self._species_other, tangent, self._p)

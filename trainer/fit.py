@@ -75,6 +75,7 @@ class State:
         if found is None:
             return False
         tensors, table = found
+        tensors = {name: tensor.to(self.parameters.device) for name, tensor in tensors.items()}
         self.parameters, self.best = tensors["parameters"], tensors["best"]
         self.adam = Adam(tensors["first"], tensors["second"], table["step"])
         self.plateau.restore(table["plateau"])
@@ -131,7 +132,7 @@ def fit(
                 saved = time.perf_counter()
     if monitor is not None:
         monitor.close()
-    sums = torch.stack([role_sums(problem, state.best, role) for role in (VALID, TEST)])
+    sums = torch.stack([role_sums(problem, state.best, role) for role in (VALID, TEST)]).cpu()
     world.add_up(sums, "final")
     return Fitted(not stopped, state, summarise(sums[0]), summarise(sums[1]))
 
@@ -144,7 +145,7 @@ def step_gradient(problem: Problem, parameters: Tensor, structures: NDArray[np.i
     weights = weights_of(problem.settings)
     share = 1 / problem.learns[:, structures].sum(1).clamp(min=1).to(parameters.dtype)
     gradient = torch.zeros_like(parameters)
-    sums = torch.zeros(len(parameters), len(COLUMNS), dtype=torch.float64)
+    sums = parameters.new_zeros(len(parameters), len(COLUMNS), dtype=torch.float64)
     for part, block, truth in problem.blocks(problem.mine(structures)):
         energies, g, tape = problem.networks.forward(parameters, block.aev, block.species)
         energy = energies.new_zeros(len(energies), len(part)).index_add_(1, block.frame_of_atom, energies)
@@ -165,7 +166,7 @@ def role_sums(problem: Problem, parameters: Tensor, role: int) -> Tensor:
     weights = weights_of(problem.settings)
     if problem.dataset.borrowed:
         weights = replace(weights, force=0.0)
-    sums = torch.zeros(len(parameters), len(COLUMNS), dtype=torch.float64)
+    sums = parameters.new_zeros(len(parameters), len(COLUMNS), dtype=torch.float64)
     for k in range(len(parameters)):
         structures = torch.nonzero(problem.roles[k] == role).squeeze(1).numpy()
         for part, block, truth in problem.blocks(problem.mine(structures)):
@@ -190,8 +191,8 @@ def _epoch(
     factors: Tensor | None,
 ) -> tuple[dict[str, Any], bool]:
     """Advance `state` by one epoch; return its row of metrics and whether some rank was asked to stop."""
-    rates = torch.tensor(state.plateau.rates, dtype=torch.float64)
-    train = torch.zeros(len(rates), len(COLUMNS), dtype=torch.float64)
+    rates = torch.tensor(state.plateau.rates, dtype=torch.float64, device=state.parameters.device)
+    train = rates.new_zeros(len(rates), len(COLUMNS))
     for structures in problem.epoch(seed, state.epoch):
         gradient, sums = step_gradient(problem, state.parameters, structures)
         world.add_up(gradient, "gradient")
@@ -202,7 +203,7 @@ def _epoch(
     signals = torch.tensor(
         [[float(stop()), time.perf_counter() - began if world.rank == 0 else 0.0]], dtype=torch.float64
     )
-    message = torch.cat([train.flatten(), valid.flatten(), signals.flatten()])
+    message = torch.cat([train.flatten().cpu(), valid.flatten().cpu(), signals.flatten()])
     world.add_up(message, "epoch")
     train, valid = message[: train.numel()].view_as(train), message[train.numel() : -2].view_as(valid)
     row: dict[str, Any] = {"epoch": state.epoch, "rates": list(state.plateau.rates), "seconds": float(message[-1])}

@@ -32,6 +32,7 @@ __all__ = ["Example", "Problem", "make_examples", "references"]
 log = logging.getLogger(__name__)
 # The kernels cut atoms into blocks of their own. Against 512, molecules step 1.2 times as fast, 108-atom cells 1.08.
 ATOMS_PER_BLOCK = 2048
+ATOMS_PER_BLOCK_GPU = 32_768
 BLOCKS_AHEAD = 4
 N_SAMPLED = 64
 OBJECTS_BYTES = 4500  # of the Python objects of one Example, measured
@@ -49,22 +50,22 @@ class Example:
 
 def make_examples(batch: Batch, energy: NDArray[np.float64], geometries: Sequence[Geometry]) -> list[Example]:
     """energy: (B,), eV, less the self energies."""
-    dtype = geometries[0].aev.dtype
     volume = np.abs(np.linalg.det(batch.cell))
     virial = volume[:, None] * batch.stress[:, [0, 1, 2, 1, 0, 0], [0, 1, 2, 2, 2, 1]]
     virial[~batch.pbc.all(axis=1)] = np.nan  # the cell has no volume that the stress could refer to
-    forces = torch.from_numpy(batch.forces).to(dtype).split(np.diff(batch.offset).tolist())
-    targets = map(torch.cat, zip((part.flatten() for part in forces), torch.from_numpy(virial).to(dtype), strict=True))
+    device, dtype = geometries[0].aev.device, geometries[0].aev.dtype
+    forces = torch.from_numpy(batch.forces).to(device, dtype).split(np.diff(batch.offset).tolist())
+    virials = torch.from_numpy(virial).to(device, dtype)
+    targets = map(torch.cat, zip((part.flatten() for part in forces), virials, strict=True))
     return [Example(*row) for row in zip(geometries, energy.tolist(), targets, volume.tolist(), strict=True)]
 
 
 def references(examples: Sequence[Example], block: Block) -> References:
-    dtype = block.aev.dtype
     return References(
-        energy=torch.tensor([example.energy for example in examples], dtype=dtype),
+        energy=block.aev.new_tensor([example.energy for example in examples]),
         forces=torch.cat([example.target[:-6] for example in examples]).view(-1, 3),
         virial=torch.stack([example.target[-6:] for example in examples]),
-        volume=torch.tensor([example.volume or 1.0 for example in examples], dtype=dtype),
+        volume=block.aev.new_tensor([example.volume or 1.0 for example in examples]),
         n_atoms=block.n_atoms,
         frame_of_atom=block.frame_of_atom,
         targets=[example.target for example in examples],
@@ -74,8 +75,8 @@ def references(examples: Sequence[Example], block: Block) -> References:
 class Problem:
     """The structures of `dataset`, and of those of `rank` as much in memory as `allowed_GB` has room for.
 
-    roles: (n_members, n), TRAIN, VALID or TEST. learns: the same, true where TRAIN. windows: which structures make up a
-    step. plan: what is kept; the same numbers come out whether structures are kept or streamed.
+    roles: (n_members, n), TRAIN, VALID or TEST. learns: the same, true where TRAIN, on the device. windows: which
+    structures make up a step. plan: what is kept; the same numbers come out whether structures are kept or streamed.
     """
 
     def __init__(
@@ -90,13 +91,15 @@ class Problem:
         rank: int,
         n_ranks: int,
         allowed_GB: float = math.inf,
+        device: torch.device | str = "cpu",
     ) -> None:
+        self.device = torch.device(device)
         self.dataset = dataset
         self.networks = networks
         self.settings = settings
         self.windows = Windows(dataset.n_atoms, settings.batch, settings.steps_per_epoch)
         self.roles = torch.from_numpy(member_roles(assign_blocks(dataset.keys), n_members))
-        self.learns = self.roles == TRAIN
+        self.learns = (self.roles == TRAIN).to(device)
         self._p = p
         self._elements = elements
         self._energy = dataset.energy - dataset.counts @ self_energies
@@ -123,12 +126,13 @@ class Problem:
             yield structures
 
     def blocks(self, indices: NDArray[np.int64]) -> Iterator[tuple[Tensor, Block, References]]:
-        """Join structures of this rank into blocks that fit a core's cache; yield each with its indices."""
+        """Join structures of this rank, as many as fit a core's cache or fill a GPU; yield them with their indices."""
         parts = self._cut(indices)
         return self._coming.each(parts) if self._kept is None else map(self._block, parts)
 
     def _cut(self, indices: NDArray[np.int64]) -> list[NDArray[np.int64]]:
-        block = (np.cumsum(self.dataset.n_atoms[indices]) - 1) // ATOMS_PER_BLOCK
+        at_a_time = ATOMS_PER_BLOCK if self.device.type == "cpu" else ATOMS_PER_BLOCK_GPU
+        block = (np.cumsum(self.dataset.n_atoms[indices]) - 1) // at_a_time
         return np.split(indices, np.flatnonzero(np.diff(block)) + 1) if len(indices) else []
 
     def _block(self, part: NDArray[np.int64]) -> tuple[Tensor, Block, References]:
@@ -139,7 +143,7 @@ class Problem:
     def _examples(self, part: NDArray[np.int64]) -> list[Example]:
         batch = self.dataset.gather(part)
         structures = Structures.from_batch(batch, self._elements)
-        geometries = describe(structures, self._p, getattr(torch, self.settings.dtype))
+        geometries = describe(structures, self._p, getattr(torch, self.settings.dtype), self.device)
         return make_examples(batch, self._energy[part], geometries)
 
     def _plan(self, own: NDArray[np.int64], allowed_GB: float) -> Plan:

@@ -16,6 +16,7 @@ class World(ABC):
     rank: int
     n_ranks: int
     n_here: int  # ranks on this node
+    rank_here: int  # among them
 
     @abstractmethod
     def add_up(self, values: Tensor, name: str) -> None:
@@ -28,6 +29,7 @@ class Solo(World):
     rank = 0
     n_ranks = 1
     n_here = 1
+    rank_here = 0
 
     def add_up(self, values: Tensor, name: str) -> None:
         pass
@@ -41,12 +43,17 @@ class _Horovod(World):
         self.rank = hvd.rank()
         self.n_ranks = hvd.size()
         self.n_here = hvd.local_size()
+        self.rank_here = hvd.local_rank()
         self._hvd = hvd
 
     def add_up(self, values: Tensor, name: str) -> None:
         assert values.is_contiguous()
         assert values.dtype in (torch.float32, torch.float64)
-        self._hvd.allreduce_(values, name=name, op=self._hvd.Sum)
+        # A Horovod that was built for CPUs refuses tensors on GPUs.
+        host = values if values.device.type == "cpu" or self._hvd.nccl_built() else values.cpu()
+        self._hvd.allreduce_(host, name=name, op=self._hvd.Sum)
+        if host is not values:
+            values.copy_(host)
 
 
 def join_world(n_ranks: int) -> World:

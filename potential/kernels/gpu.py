@@ -16,12 +16,15 @@ import triton
 from potential.aev import AEVParameters
 from potential.kernels import blocks, programs, reference
 from potential.kernels.reference import (
+    backward_layers,
     drift,
     find_pairs,
+    forward_layers,
     have_moved,
     kick,
     normals,
     pair_differences,
+    respond,
 )
 from potential.structures import Structures
 
@@ -29,9 +32,11 @@ __all__ = [
     "aev_forward",
     "aev_jvp",
     "aev_vjp",
+    "backward_layers",
     "drift",
     "evaluate",
     "find_pairs",
+    "forward_layers",
     "have_moved",
     "kick",
     "networks",
@@ -39,6 +44,7 @@ __all__ = [
     "pair_differences",
     "pair_sums",
     "pair_vectors",
+    "respond",
     "shortest_distances",
 ]
 

@@ -7,6 +7,7 @@ are written out: no graph is kept, and nothing is differentiated twice.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -122,15 +123,21 @@ def respond(
     scale / n times: force_scale / 2 * square of the errors of forces, linear beyond the cap, and virial_scale / 2 *
     square of those of the virial.
     """
-    forces, virials, v, at = [], [], [], 0
-    for structure, (jacobian, target) in enumerate(zip(jacobians, targets, strict=True)):
-        n = (len(jacobian) - 6) // 3
-        rows = g[:, at : at + n].reshape(len(g), -1) @ jacobian.T
-        off = (rows - target).nan_to_num(0.0)
-        off[:, : 3 * n] = off[:, : 3 * n].clamp(-force_cap, force_cap) * force_scale
-        off[:, 3 * n :] *= virial_scale
-        v.append((off.mul_(scale[:, structure, None] / n) @ jacobian).view(len(g), n, -1))
-        forces.append(rows[:, : 3 * n].view(-1, n, 3))
-        virials.append(rows[:, 3 * n :])
-        at += n
-    return torch.cat(forces, dim=1), torch.stack(virials, dim=1), torch.cat(v, dim=1)
+    n_atoms = [(len(jacobian) - 6) // 3 for jacobian in jacobians]
+    first = list(itertools.accumulate(n_atoms[:-1], initial=0))
+    forces, virials, v = g.new_empty(*g.shape[:2], 3), g.new_empty(len(g), len(jacobians), 6), torch.empty_like(g)
+    # Structures of one size are one product: a GPU wants few large ones.
+    for n in sorted(set(n_atoms)):
+        alike = [structure for structure, size in enumerate(n_atoms) if size == n]
+        jacobian = torch.stack([jacobians[i] for i in alike]) if len(alike) > 1 else jacobians[alike[0]][None]
+        atoms = torch.tensor([first[i] + atom for i in alike for atom in range(n)]).to(g.device, non_blocking=True)
+        here = torch.tensor(alike).to(g.device, non_blocking=True)
+        rows = torch.bmm(g.index_select(1, atoms).view(len(g), len(alike), -1).transpose(0, 1), jacobian.mT)
+        off = (rows - torch.stack([targets[i] for i in alike])[:, None]).nan_to_num(0.0)
+        off[..., : 3 * n] = off[..., : 3 * n].clamp(-force_cap, force_cap) * force_scale
+        off[..., 3 * n :] *= virial_scale
+        off *= (scale.index_select(1, here) / n).T[:, :, None]
+        v.index_copy_(1, atoms, torch.bmm(off, jacobian).transpose(0, 1).reshape(len(g), len(atoms), -1))
+        forces.index_copy_(1, atoms, rows[..., : 3 * n].transpose(0, 1).reshape(len(g), len(atoms), 3))
+        virials.index_copy_(1, here, rows[..., 3 * n :].transpose(0, 1))
+    return forces, virials, v

@@ -25,7 +25,6 @@ from potential.structures import Structures
 from shards.frame import Frame
 
 DEVICE = "cpu" if os.environ["TRITON_INTERPRET"] == "1" else "cuda"
-DTYPES = [torch.float64, torch.float32]
 # float32 resolves a distance of 4 A to 2e-7 A, which the narrowest Gaussian magnifies by about 10.
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5}
 ELEMENTS = ("H", "Al", "Cu")
@@ -35,14 +34,18 @@ def on_device(tensors: tuple[torch.Tensor, ...], dtype: torch.dtype) -> list[tor
     return [tensor.to(DEVICE, dtype if tensor.is_floating_point() else None) for tensor in tensors]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    "p",
-    [ALUMINIUM, replace(AEV, n_species=1), replace(AEV, n_species=2), AEV, replace(AEV, n_species=4)],
-    ids=["ANI-Al", "1", "2", "3", "4 species"],
+    ("p", "dtype"),
+    [
+        (ALUMINIUM, torch.float32),
+        (replace(AEV, n_species=2), torch.float64),
+        (AEV, torch.float32),
+        (replace(AEV, n_species=4), torch.float64),
+    ],
+    ids=["ANI-Al", "2 elements", "3 elements", "4 elements"],
 )
 def test_aev_and_its_products_are_those_of_the_reference(p, dtype):
-    vec, row, species = environments([17, 0, 1, 12, 2], p)
+    vec, row, species = environments([11, 0, 1, 7], p)
     random = torch.manual_seed(1)
     cotangent = torch.randn(2, len(row) - 1, p.length, dtype=torch.float64, generator=random)
     tangent = torch.randn(2, len(vec), 3, dtype=torch.float64, generator=random)
@@ -55,8 +58,8 @@ def test_aev_and_its_products_are_those_of_the_reference(p, dtype):
 
 
 def test_more_neighbours_than_a_program_takes_at_a_time_are_all_counted():
-    vec, row, species = environments([150], replace(AEV, n_species=2))
-    p = replace(AEV, n_species=2)
+    p = replace(AEV, n_species=1)
+    vec, row, species = environments([140], p)
     cotangent = torch.randn(1, 1, p.length, dtype=torch.float64, generator=torch.manual_seed(1))
     ours = gpu.aev_forward(*on_device((vec, row, species), torch.float64), p)
     assert gap(ours.cpu(), numeric(reference.aev_forward(vec, row, species, p))) < 1e-13
@@ -106,8 +109,7 @@ def evaluate(module: Any, device: str, dtype: torch.dtype, n_gradients: int = N_
     return module.evaluate(*where, AEV, networks, SELF_ENERGIES, CELU_ALPHA, n_gradients, stress)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("n_gradients", [N_MEMBERS, 1, 0])
+@pytest.mark.parametrize(("n_gradients", "dtype"), [(N_MEMBERS, torch.float64), (1, torch.float32), (0, torch.float32)])
 def test_energies_forces_and_stress_are_those_of_the_reference(n_gradients, dtype):
     ours = evaluate(gpu, DEVICE, dtype, n_gradients, stress=n_gradients > 0)
     truth = evaluate(reference, "cpu", torch.float64, n_gradients, stress=n_gradients > 0)

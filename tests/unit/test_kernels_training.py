@@ -49,8 +49,8 @@ def pass_through_layers(kernels, dtype) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def kept_derivatives(kernels, dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Forces, virials and v of structures of 1, 7 and 12 atoms; labels are missing, and some errors beyond the cap."""
-    random, counts = torch.manual_seed(1), (1, 7, 12)
+    """Forces, virials and v of structures of 1, 7, 12 and 7 atoms; labels are missing, some errors beyond the cap."""
+    random, counts = torch.manual_seed(1), (1, 7, 12, 7)
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=random, dtype=torch.float64).to(dtype)
