@@ -42,25 +42,27 @@ def floor_s(machine: Machine, n_members: int) -> float:
 class Ours:
     """The trainer's own step on cells with random labels."""
 
-    def __init__(self, committee: Committee, rows: list[tuple[Frame, Label]], jacobian_memory_GB: float) -> None:
+    def __init__(
+        self, committee: Committee, rows: list[tuple[Frame, Label]], jacobian_memory_GB: float, device: str = "cpu"
+    ) -> None:
         self.networks = Networks.of(committee)
-        self.parameters = self.networks.take(committee, torch.float32)
+        self.parameters = self.networks.take(committee, torch.float32).to(device)
+        self._cells = np.arange(len(rows))
         settings = TrainerSettings(
-            batch=N_CELLS, energy_weight=1.0, force_weight=FORCE_WEIGHT, stress_weight=0.0,
+            batch=len(rows), energy_weight=1.0, force_weight=FORCE_WEIGHT, stress_weight=0.0,
             force_cap_eV_per_A=1e9, jacobian_memory_GB=jacobian_memory_GB,
         )  # fmt: skip
         with tempfile.TemporaryDirectory() as folder:
             receipt = write_labels(Path(folder) / "cells.h5", Level("random", ""), rows)
             dataset = load_dataset([receipt], ["Al"], verify=False)
-            self.problem = Problem(
-                dataset, np.zeros(1), self.networks, committee.aev, ["Al"], committee.n_members, settings, 0, 1
-            )
+            shape = self.networks, committee.aev, ["Al"], committee.n_members
+            self.problem = Problem(dataset, np.zeros(1), *shape, settings, 0, 1, device=device)
         self.problem.learns = torch.ones_like(self.problem.learns)  # no folds: TorchANI has none
         self._adam = Adam.like(self.parameters)
-        self._rates = torch.full((committee.n_members,), RATE, dtype=torch.float64)
+        self._rates = torch.full((committee.n_members,), RATE, dtype=torch.float64, device=device)
 
     def gradient(self) -> Tensor:
-        return step_gradient(self.problem, self.parameters, np.arange(N_CELLS))[0]
+        return step_gradient(self.problem, self.parameters, self._cells)[0]
 
     def step(self) -> None:
         self._adam.update(self.parameters, self.gradient(), self._rates)
@@ -95,10 +97,10 @@ class Peer:
         return torch.cat([p.grad.flatten() for p in self.parameters])
 
 
-def labeled() -> list[tuple[Frame, Label]]:
+def labeled(n_cells: int = N_CELLS) -> list[tuple[Frame, Label]]:
     rng = np.random.default_rng(0)
     unknown = np.full((3, 3), np.nan)
-    return [(crystal(3, seed), Label(rng.normal(), rng.normal(size=(108, 3)), unknown)) for seed in range(N_CELLS)]
+    return [(crystal(3, seed), Label(rng.normal(), rng.normal(size=(108, 3)), unknown)) for seed in range(n_cells)]
 
 
 def main() -> None:

@@ -241,8 +241,10 @@ class _Near:
 
 
 def _launch(program: Any, grid: tuple[int, ...], *tensors: Any, **constants: Any) -> None:
+    """Start the programs of a grid, if there are any, on the GPU of the first tensor."""
     if math.prod(grid):
-        program[grid](*tensors, **constants)
+        with torch.cuda.device_of(tensors[0]):
+            program[grid](*tensors, **constants)
 
 
 def _radial(p: AEVParameters) -> dict[str, Any]:

@@ -131,9 +131,9 @@ def celu(value, slope, n_values, ALPHA: tl.constexpr, BLOCK: tl.constexpr):
     """Replace values by their CELU, and write its slope."""
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(value + place, mask=place < n_values, other=0.0)
-    steep = tl.exp2(tl.minimum(x, 0.0) * (LOG2_E / ALPHA))
+    steep = tl.exp2(tl.where(x > 0, 0.0, x) * (LOG2_E / ALPHA))  # not a number where x is none
     tl.store(slope + place, steep, mask=place < n_values)
-    tl.store(value + place, tl.maximum(x, 0.0) + (steep - 1) * ALPHA, mask=place < n_values)
+    tl.store(value + place, tl.where(x > 0, x, (steep - 1) * ALPHA), mask=place < n_values)
 
 
 @triton.jit

@@ -137,6 +137,19 @@ def test_the_gpu_s_kernels_are_chosen_when_asked_for(monkeypatch):
         kernels.implementation(torch.empty(0))
 
 
+def test_without_triton_plain_pytorch_takes_over_with_one_warning(monkeypatch, recwarn):
+    monkeypatch.setenv("SMELT_KERNELS", "gpu")
+    monkeypatch.delattr(kernels, "gpu")
+    monkeypatch.setitem(sys.modules, "potential.kernels.gpu", None)
+    kernels._gpu.cache_clear()
+    try:
+        assert [kernels.implementation(torch.empty(0)) for _ in range(2)] == ["reference", "reference"]
+    finally:
+        kernels._gpu.cache_clear()
+    (warning,) = recwarn
+    assert "plain PyTorch runs on the GPU, several times slower" in str(warning.message)
+
+
 def test_the_programs_compile_for_an_h200(tmp_path):
     script = Path(__file__).with_name("compile_programs.py")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -161,3 +174,9 @@ def test_an_evaluation_stays_on_its_device_and_never_waits_for_it(monkeypatch):
                 *where, AEV, networks, like(SELF_ENERGIES), CELU_ALPHA, n_gradients, False
             )
             assert energies.device.type == forces.device.type == device
+
+
+def test_what_is_not_a_number_is_not_hidden_by_an_activation():
+    values = torch.tensor([[1.0, -0.3, torch.nan]], dtype=torch.float64, device=DEVICE)
+    for ours, truth in zip(gpu.celu(values.clone(), 0.1), reference.celu(values.cpu(), 0.1), strict=True):
+        torch.testing.assert_close(ours.cpu(), truth, equal_nan=True)
