@@ -8,9 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.runtime import driver
 
 from potential.aev import AEVParameters
 from potential.config import PotentialSettings
@@ -18,29 +17,27 @@ from potential.kernels import gpu
 from potential.structures import Structures
 from shards.frame import Frame
 
-H200 = GPUTarget("cuda", 90, 32)
-TYPES = {
-    torch.float32: "*fp32",
-    torch.float64: "*fp64",
-    torch.int32: "*i32",
-    torch.int64: "*i64",
-    torch.bool: "*i1",
-}
+
+class H200:
+    """As much of a driver as compiling needs."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
 
 
-def compile_only(program: Any, grid: tuple[int, ...], *arguments: Any, num_warps: int = 4, **constants: Any) -> None:
-    signature = dict.fromkeys(constants, "constexpr")
-    for name, argument in zip(program.arg_names, arguments, strict=False):
-        if argument is None:
-            signature[name], constants[name] = "constexpr", None
-        else:
-            signature[name] = TYPES[argument.dtype] if isinstance(argument, torch.Tensor) else "i32"
-    source = ASTSource(program, {name: signature[name] for name in program.arg_names}, constants)
-    triton.compile(source, target=H200, options={"num_warps": num_warps})
+def compile_only(program: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+    program.warmup(*arguments, grid=grid, **constants)
     print(program.__name__)
 
 
 def main() -> None:
+    driver.set_active(H200())
     gpu._launch = compile_only
     p = AEVParameters.from_settings(PotentialSettings(n_angular=2, n_angular_radial=2), 2)
     pair = Structures.from_frames([Frame([1, 13], [[0, 0, 0], [0, 0, 1.5]])], ("H", "Al"))
