@@ -48,7 +48,8 @@ __all__ = [
     "shortest_distances",
 ]
 
-PAIRS_PER_PROGRAM, TRIPLES_PER_PROGRAM, SLOTS_PER_PROGRAM, VALUES_PER_PROGRAM = 128, 32, 32, 1024
+PAIRS_PER_PROGRAM, VALUES_PER_PROGRAM = 128, 1024
+WARP = 32  # lanes of a program with a pair or a triple each
 
 
 def aev_forward(vec: torch.Tensor, row: torch.Tensor, species_other: torch.Tensor, p: AEVParameters) -> torch.Tensor:
@@ -87,7 +88,7 @@ def aev_vjp(
     )
     _launch(
         programs.angular_vjp,
-        (triton.cdiv(pairs.n_pairs, SLOTS_PER_PROGRAM), len(cotangent)),
+        (triton.cdiv(pairs.n_pairs, WARP), len(cotangent)),
         near.bounds,
         near.whole,
         near.real,
@@ -96,7 +97,7 @@ def aev_vjp(
         pairs.n_atoms,
         pairs.n_pairs,
         **_angular(p, vec.dtype),
-        BLOCK=SLOTS_PER_PROGRAM,
+        BLOCK=WARP,
         num_warps=1,
     )
     return out
@@ -178,7 +179,7 @@ def _sums(
         SPECIES_WIDTH=triton.next_power_of_2(p.n_species),
         SHIFTS_WIDTH=triton.next_power_of_2(len(p.radial_shifts)),
         PUSH=tangent is not None,
-        BLOCK=32,
+        BLOCK=WARP,
         num_warps=1,
     )
     _launch(
@@ -192,7 +193,7 @@ def _sums(
         pairs.n_pairs,
         **_angular(p, vec.dtype),
         PUSH=tangent is not None,
-        BLOCK=TRIPLES_PER_PROGRAM,
+        BLOCK=WARP,
         num_warps=1,
     )
     return out

@@ -57,9 +57,11 @@ def test_aev_and_its_products_are_those_of_the_reference(p, dtype):
         assert gap(ours.cpu(), numeric(getattr(reference, name)(*arguments, p))) < TOLERANCE[dtype], name
 
 
-def test_more_neighbours_than_a_program_takes_at_a_time_are_all_counted():
-    p = replace(AEV, n_species=1)
-    vec, row, species = environments([140], p)
+def test_more_neighbours_than_a_program_takes_at_a_time_are_all_counted(monkeypatch):
+    for name in ("PAIRS_PER_PROGRAM", "WARP"):
+        monkeypatch.setattr(gpu, name, 8)
+    p = replace(AEV, n_species=2)
+    vec, row, species = environments([35], p)
     cotangent = torch.randn(1, 1, p.length, dtype=torch.float64, generator=torch.manual_seed(1))
     ours = gpu.aev_forward(*on_device((vec, row, species), torch.float64), p)
     assert gap(ours.cpu(), numeric(reference.aev_forward(vec, row, species, p))) < 1e-13
@@ -123,9 +125,9 @@ def test_energies_forces_and_stress_are_those_of_the_reference(n_gradients, dtyp
 @pytest.mark.parametrize("module", [gpu, reference])
 def test_blocks_of_few_atoms_give_the_same_as_one(module, monkeypatch):
     device = DEVICE if module is gpu else "cpu"
-    whole = evaluate(module, device, torch.float64)
+    whole = evaluate(module, device, torch.float64, 1)
     monkeypatch.setattr(blocks, "_bytes_per_atom", lambda *_: blocks.BLOCK_BYTES // 5)
-    for one, other in zip(evaluate(module, device, torch.float64), whole, strict=True):
+    for one, other in zip(evaluate(module, device, torch.float64, 1), whole, strict=True):
         assert gap(one.cpu().nan_to_num(), numeric(other.cpu().nan_to_num())) < 1e-13
 
 
