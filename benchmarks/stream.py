@@ -34,7 +34,7 @@ from trainer.optimiser import Adam
 from trainer.problem import Problem
 from trainer.world import World, join_world
 
-PER_SHARD, N_MOLECULES, N_RANKS, N_MEMBERS, BATCH = 100_000, 400, 2, 4, 2560
+PER_SHARD, N_MOLECULES, N_RANKS, N_MEMBERS, BATCH = 100_000, 400, 2, 4, 1280
 SPRING_eV_A2, DISPLACEMENT_A = 20.0, 0.05
 SELF_ENERGY_eV = {1: -13.6, 6: -1030.0, 7: -1485.0, 8: -2042.0}
 
