@@ -59,8 +59,8 @@ def model_folder(run_dir: Path, generation: int) -> Path:
 
 
 def stage_call(task: Task, config: CampaignConfig, site: Site, run_dir: Path, models: tuple[Model, ...]) -> Call:
-    calls = _CALLS | (_CALLS_WITH_PARENT if config.campaign.parent_run else {})
-    function, arguments = calls[task.stage]
+    other = _CALLS_WITH_PARENT if config.campaign.parent_run else {}
+    function, arguments = other.get(task.stage) or _CALLS[task.stage]
     return Call(function, arguments(task, config, site, run_dir, models), bounded=task.stage == "label")
 
 

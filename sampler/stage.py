@@ -208,7 +208,7 @@ def _unlike(
     prints = fingerprints(committee, known)
     for start in range(0, len(frames), AT_A_TIME):
         new = fingerprints(committee, frames[start : start + AT_A_TIME])
-        chosen = select(new, -np.arange(len(new)), distance=distance, known=prints)
+        chosen = select(new, -np.arange(len(new), dtype=np.float64), distance=distance, known=prints)
         prints = np.concatenate([prints, new[chosen]])
         kept += [start + i for i in chosen]
         if len(kept) >= count:
