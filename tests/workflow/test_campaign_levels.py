@@ -39,7 +39,7 @@ TABLE: dict[str, Any] = {
     "trainer": {"ranks": 1, "batch": 8, "max_epochs": 4},
     "transfer": {"max_epochs": 4},
     "higher": {
-        "campaign": {"n_bootstrap": 10, "retrain_after": 5, "max_labels": 16},
+        "campaign": {"n_bootstrap": 10, "retrain_after": 5, "max_labels": 16, "max_generations": 20},
         "labeler": {"arguments": {"method": "GFN2-xTB", "verbosity": 0}},
     },
 }  # fmt: skip
@@ -85,7 +85,7 @@ def test_higher_labels_are_of_frames_that_have_a_lower_one(run_dir: Path) -> Non
 def test_every_model_of_the_higher_level_is_carried_over_from_the_newest_of_the_lower(run_dir: Path) -> None:
     parent = read_state(run_dir).models[-1]
     state = read_state(run_dir / "higher")
-    assert len(state.models) == 2
+    assert len(state.models) > 1
     for model in state.models:
         assert Path(model.metrics["parent"]) == run_dir.resolve() / parent.path
         changed = {name: layer["changed"] for name, layer in model.metrics["layers"].items()}
@@ -116,7 +116,7 @@ def test_campaign_that_has_ended_is_left_alone_and_goes_on_until_no_frame_is_lef
     before = ledger.read_bytes()
     assert run(run_dir).exit_code == 0
     assert ledger.read_bytes() == before
-    assert run(run_dir, max_labels=1000, max_generations=20).exit_code == 0
+    assert run(run_dir, max_labels=1000).exit_code == 0
     state = read_state(run_dir / "higher")
     assert state.finished.startswith("nothing left to choose")
     assert state.models[-1].n_labels == state.n_train > 16
