@@ -95,7 +95,12 @@ def main() -> int:
     models = {(step, seed): _train(step, seed, config, options) for seed in options.seeds for step in steps}
     errors = {name: _all_errors(test, data, models, config.campaign.elements) for name, test in tests.items()}
     for name, rows in errors.items():
-        _print(name, tests[name]["cc"], rows)
+        frames = list(tests[name]["cc"].frames.values())
+        _print(TESTS[name], frames, rows)
+        larger = [index for index, frame in enumerate(frames) if (frame.numbers > 1).sum() >= 3]
+        if name == "test":
+            of_larger = {title: [off[larger] for off in by_seed] for title, by_seed in rows.items()}
+            _print("of these, with three or more heavy atoms", [frames[index] for index in larger], of_larger)
     table = {
         name: {"formulas": [_formula(frame) for frame in tests[name]["cc"].frames.values()]}
         | {title: np.asarray(off).tolist() for title, off in rows.items()}
@@ -182,10 +187,10 @@ def _energies(model: Path, frames: list[Frame]) -> Floats:
     return np.asarray(committee.evaluate(structures, forces="none").energy.numpy())
 
 
-def _print(name: str, test: Labels, rows: dict[str, list[Floats]]) -> None:
-    print(f"\n{TESTS[name]}: {len(test.frames)} frames of {len(_formulas(test))} formulas, kcal/mol")
+def _print(what: str, frames: list[Frame], rows: dict[str, list[Floats]]) -> None:
+    formulas = [_formula(frame) for frame in frames]
+    print(f"\n{what}: {len(frames)} frames of {len(set(formulas))} formulas, kcal/mol")
     print(f"{'':44} total energies RMSE, MAE         differences within a formula RMSE, MAE")
-    formulas = [_formula(frame) for frame in test.frames.values()]
     for title, by_seed in rows.items():
         figures = np.array([_summary(off, formulas) for off in by_seed])
         means, spreads = figures.mean(axis=0), figures.std(axis=0, ddof=1 if len(figures) > 1 else 0)
