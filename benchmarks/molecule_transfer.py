@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections import Counter
 from dataclasses import dataclass
@@ -107,7 +108,7 @@ def main() -> int:
         for name, rows in errors.items()
     }
     (options.dest / "errors.json").write_text(json.dumps(table, indent=1))
-    _plot(table["test"], options.dest / "errors.png")
+    _plot(table, options.dest / "errors.png")
     return 0
 
 
@@ -205,27 +206,33 @@ def _summary(off: Floats, formulas: list[str]) -> list[float]:
     return [float(figure) for each in (off, within) for figure in (np.sqrt((each**2).mean()), np.abs(each).mean())]
 
 
-def _plot(table: dict[str, Any], path: Path) -> None:
-    """RMSE of total energies by formula: mean over seeds, and their standard deviation as a bar."""
+def _plot(tables: dict[str, dict[str, Any]], path: Path) -> None:
+    """RMSE of total energies by formula and in all: mean over seeds, and their standard deviation as a bar."""
     from matplotlib.figure import Figure
 
-    formulas = np.array(table["formulas"])
-    names = sorted(set(formulas), key=lambda formula: (sum(map(str.isdigit, formula)), formula))
-    shown = {f"{THEORIES['dft']} itself": "0.4"}
-    shown |= {step.title: f"C{i}" for i, step in enumerate(s for s in STEPS if s.name in SHOWN)}
-    figure = Figure(figsize=(9, 4), layout="constrained")
+    formulas = tables["test"]["formulas"]
+    names = sorted(set(formulas), key=lambda name: (_n_heavy(name), name))
+    groups = {name: ("test", [index for index, each in enumerate(formulas) if each == name]) for name in names}
+    groups |= {f"all {name.replace('test', 'unknown')}": (name, slice(None)) for name in tables}
+    titles = [f"{THEORIES['dft']} itself", *(step.title for step in STEPS if step.name in SHOWN)]
+    figure = Figure(figsize=(10, 4.5), layout="constrained")
     axes = figure.subplots()
-    for place, (title, colour) in enumerate((title, shown[title]) for title in shown if title in table):
-        squares = np.array(table[title]) ** 2
-        rmse = [np.sqrt(squares[:, formulas == name].mean(axis=1)) for name in names] + [np.sqrt(squares.mean(axis=1))]
-        x = np.arange(len(rmse)) + (place - 1.5) / 5
+    for place, title in enumerate(titles):
+        squares = [np.array(tables[name][title])[:, frames] ** 2 for name, frames in groups.values()]
+        rmse = [np.sqrt(each.mean(axis=1)) for each in squares]
         means, spreads = [each.mean() for each in rmse], [each.std(ddof=min(1, len(each) - 1)) for each in rmse]
-        axes.bar(x, means, 0.2, yerr=spreads, color=colour, label=title, capsize=2)
-    axes.set_xticks(range(len(names) + 1), [*names, "all"])
+        x = np.arange(len(rmse)) + (place - 1.5) / 5
+        axes.bar(x, means, 0.2, yerr=spreads, color="0.4" if place == 0 else f"C{place - 1}", label=title, capsize=2)
+    axes.set_xticks(range(len(groups)), groups, rotation=30, ha="right")
     axes.set_yscale("log")
+    axes.set_ylim(bottom=0.3)
     axes.set_ylabel("RMSE of total energies\nagainst CCSD(T)*/CBS, kcal/mol")
-    axes.legend(fontsize=8)
+    figure.legend(loc="outside upper center", ncols=2, fontsize=8)
     figure.savefig(path, dpi=150)
+
+
+def _n_heavy(formula: str) -> int:
+    return sum(int(count or 1) for _, count in re.findall(r"([CNO])(\d*)", formula))
 
 
 SHOWN = ("parent", "transferred", "scratch")
