@@ -202,7 +202,8 @@ def _print(what: str, frames: list[Frame], rows: dict[str, list[Floats]]) -> Non
 def _summary(off: Floats, formulas: list[str]) -> list[float]:
     """RMSE and MAE of all, then of what is left when the mean of each formula is taken off."""
     groups = [np.flatnonzero(np.array(formulas) == formula) for formula in sorted(set(formulas))]
-    within = np.concatenate([off[rows] - off[rows].mean() for rows in groups if len(rows) > 1])
+    several = [off[rows] - off[rows].mean() for rows in groups if len(rows) > 1]
+    within = np.concatenate(several or [np.array([np.nan])])
     return [float(figure) for each in (off, within) for figure in (np.sqrt((each**2).mean()), np.abs(each).mean())]
 
 
@@ -215,6 +216,7 @@ def _plot(tables: dict[str, dict[str, Any]], path: Path) -> None:
     groups = {name: ("test", [index for index, each in enumerate(formulas) if each == name]) for name in names}
     groups |= {f"all {name.replace('test', 'unknown')}": (name, slice(None)) for name in tables}
     titles = [f"{THEORIES['dft']} itself", *(step.title for step in STEPS if step.name in SHOWN)]
+    titles = [title for title in titles if all(title in table for table in tables.values())]
     figure = Figure(figsize=(10, 4.5), layout="constrained")
     axes = figure.subplots()
     for place, title in enumerate(titles):
