@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Cluster, write_site
+from a_cluster import Cluster, write_site
 from small_campaign import Campaign
 
 SCRIPTS = Path(__file__).parents[2] / "slurm"

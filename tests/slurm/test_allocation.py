@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from conftest import FAST, MPIRUN, TWO_NODES, Cluster
+from a_cluster import FAST, MPIRUN, TWO_NODES, Cluster
 from job_story import story_of
 from small_campaign import EMT
 

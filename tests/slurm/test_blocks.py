@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import CPU, Cluster
+from a_cluster import CPU, Cluster
 from parsl.jobs.states import JobState, JobStatus
 
 from campaign.blocks import FRUITLESS_BLOCKS, JobBlocks, handle_fruitless_blocks

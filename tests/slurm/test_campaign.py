@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from conftest import Cluster
+from a_cluster import Cluster
 from small_campaign import GPAW, Campaign
 
 

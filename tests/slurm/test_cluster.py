@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from conftest import Cluster
+from a_cluster import Cluster
 
 
 def test_every_node_runs_its_share_under_its_own_name(cluster: Cluster) -> None:

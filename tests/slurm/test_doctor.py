@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import CPU, GPU, MPIRUN, TWO_NODES, Cluster, write_site
+from a_cluster import CPU, GPU, MPIRUN, TWO_NODES, Cluster, write_site
 from small_campaign import COMMAND, GPAW, ROOT
 
 from campaign.site import load_site

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator
 
 import pytest
-from conftest import CPU, Cluster
+from a_cluster import CPU, Cluster
 from job_story import Story, story_of
 from small_campaign import SLOW
 

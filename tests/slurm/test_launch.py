@@ -8,7 +8,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import FAST, MPIRUN, Cluster
+from a_cluster import FAST, MPIRUN, Cluster
 
 from campaign import checkup
 from campaign.pools import ParslPools

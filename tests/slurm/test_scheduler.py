@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from conftest import Cluster
+from a_cluster import Cluster
 
 from campaign.scheduler import SchedulerError, block_name, blocks_of, cancel_blocks
 
