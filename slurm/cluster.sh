@@ -275,8 +275,8 @@ cmd_kill_node() {
   kill -KILL "$p"
   if [ "${2:-}" = hard ]; then   # the machine is gone: its steps and processes too
     for s in $(cluster_stepd_pids "$D/log/slurmd.$n.log"); do
-      for p in $(descendants "$s"); do kill -KILL "$p" 2>/dev/null; done
-      kill -KILL "$s" 2>/dev/null
+      kill -STOP "$s" 2>/dev/null  # it would tell the controller that its processes have ended
+      kill -KILL "$s" $(descendants "$s") 2>/dev/null
     done
   fi
   rm -f "$D/run/slurmd.$n.pid"
