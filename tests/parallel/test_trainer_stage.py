@@ -75,11 +75,10 @@ def test_errors_of_evaluate_equal_those_of_the_calculator(trained, labels):
     assert facts["stress_rmse_eV_per_A3"] == pytest.approx(np.sqrt(np.mean(np.square(stress))), abs=1e-6)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_streamed_training_gives_the_same_weights_bit_by_bit(labels, tmp_path, ranks):
+def test_streamed_training_gives_the_same_weights_bit_by_bit(labels, tmp_path):
     weights = {}
     for name, share in (("resident", 0.5), ("streamed", 0.0)):
-        outcome = _train(labels, tmp_path / name, ranks=ranks, memory_share=share, jacobian_memory_GB=0.0)
+        outcome = _train(labels, tmp_path / name, ranks=2, memory_share=share, jacobian_memory_GB=0.0)
         assert outcome.failure is None, (tmp_path / name / "train.log").read_text()
         weights[name] = load_file(tmp_path / name / "model.safetensors")
     assert all(torch.equal(weights["resident"][key], weights["streamed"][key]) for key in weights["resident"])

@@ -111,13 +111,14 @@ class Story:
         )
 
     def n_events(self) -> int:
-        return sum(1 for _ in read_events(self.run_dir / "ledger.jsonl"))
+        ledger = self.run_dir / "ledger.jsonl"
+        return ledger.read_bytes().count(b"\n") if ledger.exists() else 0
 
     def wait_for_events(self, driver: subprocess.Popen[str], n: int) -> None:
         """Until the ledger has n more events, or the driver has ended."""
         target = self.n_events() + n
         while driver.poll() is None and self.n_events() < target:
-            time.sleep(0.01)
+            time.sleep(0.05)
 
     def workers(self) -> list[int]:
         found = []
@@ -130,7 +131,7 @@ class Story:
         return found
 
     def watch_labels(self, done: threading.Event) -> None:
-        while not done.wait(0.01):
+        while not done.wait(0.05):
             for path in (self.run_dir / "labels").glob("*.h5"):
                 self.published.setdefault(path.stem, time.time())
 
