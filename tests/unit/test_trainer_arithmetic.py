@@ -326,4 +326,6 @@ def test_an_outer_launcher_leaves_no_trace_in_the_environment_of_the_ranks():
     assert local["HOME"] == "/root"
     assert not {name for name in outer if name != "HOME"} & set(local)
     assert local["TMPDIR"] == "/tmp/x"
-    assert rank_environment(outer, 2, ("srun", "-n", "{ranks}"), "/tmp/x")["SLURM_JOB_ID"] == "7"
+    several_nodes = rank_environment(outer, 2, ("srun", "-n", "{ranks}"), "/tmp/x")
+    assert several_nodes["SLURM_JOB_ID"] == "7"
+    assert several_nodes["OMPI_MCA_orte_tmpdir_base"] == "/tmp/x"
