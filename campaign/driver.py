@@ -29,7 +29,7 @@ from campaign.config import (
     load_campaign,
     to_toml,
 )
-from campaign.harvest import label_path, merge, published_label, reconcile, record_labels
+from campaign.harvest import discard_unfinished, label_path, merge, published_label, reconcile, record_labels
 from campaign.horizon import task_limits
 from campaign.lease import Holder, Lease
 from campaign.ledger import Ledger, read_state
@@ -109,6 +109,7 @@ def run_campaign(
             finally:
                 # What workers published while they were being stopped.
                 record_labels(run_dir, ledger, ledger.replay.in_flight, level)
+                discard_unfinished(run_dir)
         return ledger.replay.state()
 
 

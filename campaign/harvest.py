@@ -8,6 +8,7 @@ by a crash and is completed by `reconcile`:
     shard written, not in the manifest    -> overwritten by the next merge, which uses the same name
     shard in the manifest, not recorded   -> recorded
     merge recorded, files still there     -> removed
+    file begun, its worker killed         -> removed when the next driver ends
 """
 
 from __future__ import annotations
@@ -21,9 +22,19 @@ from campaign.ledger import Ledger
 from shards.manifest import Manifest
 from shards.outcome import Receipt
 from shards.reader import ShardError, open_shard, read_receipt
+from shards.schema import PARTIAL_SUFFIX
 from shards.writer import merge_labels
 
-__all__ = ["PARTS", "label_path", "manifest_path", "merge", "published_label", "reconcile", "record_labels"]
+__all__ = [
+    "PARTS",
+    "discard_unfinished",
+    "label_path",
+    "manifest_path",
+    "merge",
+    "published_label",
+    "reconcile",
+    "record_labels",
+]
 
 PARTS = {"train": False, "holdout": True}  # part of the data -> held out?
 
@@ -97,3 +108,9 @@ def reconcile(run_dir: Path, ledger: Ledger, level: str) -> None:
 def _relative(receipt: Receipt, run_dir: Path) -> dict[str, Any]:
     path = Path(receipt.path).resolve().relative_to(run_dir.resolve())
     return asdict(replace(receipt, path=path.as_posix()))
+
+
+def discard_unfinished(run_dir: Path) -> None:
+    """Remove what workers that were killed had begun to write. To be called when none is at work."""
+    for path in (run_dir / "labels").glob(f"*{PARTIAL_SUFFIX}"):
+        path.unlink(missing_ok=True)

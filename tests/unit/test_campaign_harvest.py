@@ -16,7 +16,7 @@ import pytest
 from campaign import harvest
 from campaign.config import parse_campaign
 from campaign.driver import Driver
-from campaign.harvest import label_path, manifest_path, merge, reconcile, record_labels
+from campaign.harvest import discard_unfinished, label_path, manifest_path, merge, reconcile, record_labels
 from campaign.lease import Holder
 from campaign.ledger import Ledger
 from campaign.site import Site
@@ -175,3 +175,11 @@ def test_task_that_starts_again_is_sent_only_frames_whose_labels_are_not_recorde
         with pytest.raises(KeyboardInterrupt):
             driver.run(interrupted)
     assert sent == [[2, 3, 4]]
+
+
+def test_what_a_killed_worker_began_to_write_is_removed_and_nothing_else(tmp_path):
+    (tmp_path / "labels").mkdir()
+    for name in ("a.h5", "b.h5.1234abcd.partial"):
+        (tmp_path / "labels" / name).touch()
+    discard_unfinished(tmp_path)
+    assert [path.name for path in (tmp_path / "labels").iterdir()] == ["a.h5"]
