@@ -29,7 +29,7 @@ TBLITE = "tblite.ase.TBLite"
 TABLE: dict[str, Any] = {
     "campaign": {"name": "levels", "elements": ["H", "C", "O"], "seed": 3, "n_bootstrap": 20, "holdout_fraction": 0.2,
                  "labels_per_task": 10, "retrain_after": 6, "queue_target": 6, "labels_ahead": 12, "max_labels": 30,
-                 "max_generations": 2},
+                 "max_generations": 20},
     "potential": {"radial_cutoff_A": 4.0, "angular_cutoff_A": 3.0, "first_shift_A": 0.8, "n_radial": 4,
                   "n_angular_radial": 2, "n_angular": 2, "hidden": [8, 8, 8], "n_members": 2},
     "builder": {"molecules": {"smiles": ["C", "O", "CO", "C=O"], "test_fraction": 0}},
