@@ -27,7 +27,7 @@ from labeler.process import Supervised, clean_environment
 from shards.frame import Frame
 from shards.label import Label, Level
 from shards.outcome import Clock, Failure, FailureClass, Outcome, Receipt
-from shards.ranks import launch_words, spans_nodes
+from shards.ranks import MPI_FOLDER, launch_words, spans_nodes
 from shards.reader import ShardError, open_shard
 from shards.settings import SettingsError
 from shards.writer import write_labels
@@ -194,7 +194,12 @@ def _compute(
     while tasks and time.time() + limit_s <= deadline:
         n_before = len(tasks)
         write_job(root / "job.json", settings, tasks)
-        with Supervised(_command(settings, root / "job.json"), _environment(settings), root / LOG) as process:
+        with (
+            tempfile.TemporaryDirectory(prefix="smelt-", dir="/tmp") as mpi_folder,
+            Supervised(
+                _command(settings, root / "job.json"), {MPI_FOLDER: mpi_folder} | _environment(settings), root / LOG
+            ) as process,
+        ):
             process.wait_for(tasks[0][1] / LOG, _START_LIMIT_S)  # imports are not on the frame's account
             answered = True
             while tasks and time.time() + limit_s <= deadline:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import subprocess
 from collections.abc import Mapping, Sequence
 
-__all__ = ["NODES", "launch_words", "own_nodes", "spans_nodes", "spread"]
+__all__ = ["MPI_FOLDER", "NODES", "launch_words", "own_nodes", "spans_nodes", "spread"]
 
 NODES = "SMELT_NODES"  # environment variable: nodes on which the workers of one manager start ranks, between blanks
+# Environment variable: where Open MPI keeps what an mpirun needs. By default all of a user on a host share a folder,
+# which one that ends removes while others start: each has to be given its own, by a short path (of sockets).
+MPI_FOLDER = "OMPI_MCA_orte_tmpdir_base"
 ACROSS = ("{hosts}", "{nodelist}", "{nodes}")
 
 

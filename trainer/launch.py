@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from shards.ranks import launch_words
+from shards.ranks import MPI_FOLDER, launch_words
 
 __all__ = ["DEFAULT_LAUNCHER", "HEARTBEAT", "rank_environment", "run_ranks"]
 
@@ -45,8 +45,7 @@ def rank_environment(outer: Mapping[str, str], ranks: int, launcher: Sequence[st
         "HOROVOD_CYCLE_TIME": "0.1",
         "HOROVOD_STALL_CHECK_TIME_SECONDS": "60",
         "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": "300",
-        # By default all mpiruns of a user on a host share a folder, which one that ends removes while others start.
-        "OMPI_MCA_orte_tmpdir_base": scratch,
+        MPI_FOLDER: scratch,
     }
     if local:
         inner |= {"OMPI_MCA_btl": "^tcp", "TMPDIR": scratch}

@@ -37,12 +37,7 @@ def evaluate(
     n_gradients: int,
     stress: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Energies (M, B), eV, float64; forces (G, N, 3), eV/A; stress (G, B, 3, 3), eV/A^3, float64, or None.
-
-    stacks: one per element. self_energies: (n_elements,), eV, float64. n_gradients, G: the number of members, 1 for the
-    mean of theirs, or 0. Pairs beyond the cutoffs may be in the list. Forces are in the dtype of the networks. Stress
-    is symmetric, and not a number where the cell has no volume.
-    """
+    """As potential.kernels.evaluate, block by block, with the AEVs, networks and pair sums of `kernels`."""
     n_members, dtype = len(stacks[0].weights[0]), stacks[0].weights[0].dtype
     vec = kernels.pair_vectors(structures, row, other, shift, dtype)
     species_other = structures.species.index_select(0, other)

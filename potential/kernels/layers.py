@@ -50,7 +50,7 @@ class Tape:
 def forward_layers(
     flat: Tensor, layout: Layout, celu_alpha: float, aev: Tensor, atoms: Tensor, energies: Tensor, g: Tensor
 ) -> Tape:
-    """Write the energies of `atoms` and g = dE/dAEV into energies (M, N) and g (M, N, L); aev: (N, L)."""
+    """As potential.kernels.forward_layers."""
     layers = layout.layers(flat)
     inputs, slopes = [aev.index_select(0, atoms)], []
     hidden = inputs[0].expand(len(flat), -1, -1)
@@ -80,10 +80,7 @@ def backward_layers(
     by_g: Tensor,
     into: Tensor,
 ) -> None:
-    """Add to `into`, (M, P), the gradient of sum(by_energy * energies) + sum(by_g * g) over `atoms`.
-
-    by_energy: (M, N). by_g: (M, N, L). The other arguments are those of the forward pass, and what it returned.
-    """
+    """As potential.kernels.backward_layers."""
     layers, slots = layout.layers(flat), layout.layers(into)
     c = by_energy.index_select(1, atoms)
     tangents, tilts = [by_g.index_select(1, atoms)], []  # along by_g: changes of each layer's input, of each z
@@ -116,13 +113,7 @@ def respond(
     virial_scale: float,
     force_cap: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Forces (M, N, 3), virials (M, B, 6), and the derivative (M, N, L) of a loss by g, from Jacobians that were kept.
-
-    jacobians: (3n + 6, n L) for each of B structures of n atoms, rows of forces before those of the virial. targets:
-    (3n + 6,), not a number where there is none. scale: (M, B). The loss is the sum over members and structures of
-    scale / n times: force_scale / 2 * square of the errors of forces, linear beyond the cap, and virial_scale / 2 *
-    square of those of the virial.
-    """
+    """As potential.kernels.respond."""
     n_atoms = [(len(jacobian) - 6) // 3 for jacobian in jacobians]
     first = list(itertools.accumulate(n_atoms[:-1], initial=0))
     forces, virials, v = g.new_empty(*g.shape[:2], 3), g.new_empty(len(g), len(jacobians), 6), torch.empty_like(g)

@@ -278,10 +278,12 @@ def _neighbours(triple, n_right, same):
 
 
 @triton.jit
-def _push(tangent, pair, x, y, z, counted):
-    """Change of a pair's length; change of its vector."""
-    push_x, push_y, push_z = _vector(tangent + 3 * pair, 1, counted)
-    return _dot(x, y, z, push_x, push_y, push_z), push_x, push_y, push_z
+def _change(tangent, pair, x, y, z, length, other_x, other_y, other_z, cosine, counted):
+    """Change of a pair's length, and of the cosine of its angle with another direction, along a tangent."""
+    push_x, push_y, push_z = _vector(tangent + 3 * tl.load(pair, mask=counted, other=0), 1, counted)
+    stretch = _dot(x, y, z, push_x, push_y, push_z)
+    turn = _dot(push_x, push_y, push_z, other_x, other_y, other_z) - stretch * cosine
+    return stretch, turn / tl.maximum(length, SHORTEST)  # 0 where nothing is counted
 
 
 @triton.jit
@@ -333,14 +335,9 @@ def angular_sums(
             weight, by_mean, by_cosine = 2 * j_fc * k_fc, 0.0, 0.0
             if PUSH:
                 pushes = tangent + 3 * item * n_pairs
-                j_pair, k_pair = tl.load(whole + j, mask=counted, other=0), tl.load(whole + k, mask=counted, other=0)
-                j_stretch, j_push_x, j_push_y, j_push_z = _push(pushes, j_pair, jx, jy, jz, counted)
-                k_stretch, k_push_x, k_push_y, k_push_z = _push(pushes, k_pair, kx, ky, kz, counted)
-                j_turn = _dot(j_push_x, j_push_y, j_push_z, kx, ky, kz) - j_stretch * cosine
-                k_turn = _dot(k_push_x, k_push_y, k_push_z, jx, jy, jz) - k_stretch * cosine
-                # Lengths are 0 where nothing is counted.
-                by_cosine = j_turn / tl.maximum(j_length, SHORTEST) + k_turn / tl.maximum(k_length, SHORTEST)
-                by_cosine *= weight
+                j_stretch, j_turn = _change(pushes, whole + j, jx, jy, jz, j_length, kx, ky, kz, cosine, counted)
+                k_stretch, k_turn = _change(pushes, whole + k, kx, ky, kz, k_length, jx, jy, jz, cosine, counted)
+                by_cosine = (j_turn + k_turn) * weight
                 by_mean = (j_stretch + k_stretch) * weight * -ETA
                 weight = 2 * (j_dfc * j_stretch * k_fc + j_fc * k_dfc * k_stretch)
             summed = ()
@@ -360,6 +357,24 @@ def angular_sums(
         place += species_pair * (len(SHIFTS) * len(COSINES))
         for number in tl.static_range(len(SHIFTS) * len(COSINES)):
             tl.store(place + number, tl.sum(sums[number], 0))
+
+
+@triton.jit
+def _sum_bins(weight, mean, bends, slopes, ETA: tl.constexpr, SHIFTS: tl.constexpr, N_ANGLES: tl.constexpr):
+    """Weighted sums over bins: of features without cutoffs, of their slopes by mean / -2 ETA, and by cosine."""
+    none = tl.zeros_like(mean)
+    features, by_mean, by_cosine = none, none, none
+    for shift in tl.static_range(len(SHIFTS)):
+        total, bent = none, none
+        for angle in tl.static_range(N_ANGLES):
+            bin_weight = tl.load(weight + shift * N_ANGLES + angle)
+            total += bin_weight * bends[angle]
+            bent += bin_weight * slopes[angle]
+        gaussian = _gaussian(mean, SHIFTS[shift], ETA)
+        features += gaussian * total
+        by_mean += gaussian * (mean - SHIFTS[shift]) * total
+        by_cosine += gaussian * bent
+    return features, by_mean, by_cosine
 
 
 @triton.jit
@@ -410,17 +425,7 @@ def angular_vjp(
             k_length, k_fc, _k_dfc = _vector(real + 3 * n_pairs + k, n_pairs, counted)
             mean = 0.5 * (length + k_length)
             bends, slopes = _bends(_dot(x, y, z, kx, ky, kz) * SCALE, ZETA, COSINES, SINES, EPS)
-            by_fc, by_mean, by_cosine = none, none, none
-            for shift in tl.static_range(len(SHIFTS)):
-                total, bent = none, none
-                for angle in tl.static_range(len(COSINES)):
-                    bin_weight = tl.load(weight + shift * len(COSINES) + angle)
-                    total += bin_weight * bends[angle]
-                    bent += bin_weight * slopes[angle]
-                gaussian = _gaussian(mean, SHIFTS[shift], ETA)
-                by_fc += gaussian * total
-                by_mean += gaussian * (mean - SHIFTS[shift]) * total
-                by_cosine += gaussian * bent
+            by_fc, by_mean, by_cosine = _sum_bins(weight, mean, bends, slopes, ETA, SHIFTS, len(COSINES))
             stretch += 2 * k_fc * (dfc * by_fc - ETA * fc * by_mean)
             by_cosine *= 2 * fc * k_fc
             turn_x += by_cosine * kx

@@ -20,6 +20,7 @@ from labeler.engine import MissingEngine
 from labeler.stage import label, level
 from shards.frame import Frame
 from shards.outcome import FailureClass, Outcome
+from shards.ranks import MPI_FOLDER
 from shards.reader import open_shard
 from shards.settings import SettingsError, parse_settings
 from shards.writer import write_frames
@@ -233,6 +234,8 @@ def test_codes_see_a_clean_environment(workplace, monkeypatch):
     seen = json.loads(note.read_text())
     assert not [name for name in seen if name.startswith(("PMIX", "OMPI_COMM", "SLURM", "PMI_")) or name == "SECRET"]
     assert "GPAW_MPI_BACKEND" not in seen
+    assert seen[MPI_FOLDER].startswith("/tmp/smelt-")
+    assert not Path(seen[MPI_FOLDER]).exists()  # its own, gone with it
     assert (seen["GPAW_SETUP_PATH"], seen["VASP_PP_PATH"], seen["OMP_NUM_THREADS"]) == ("/data", "/pp", "1")
 
 

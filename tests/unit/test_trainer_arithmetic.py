@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from shards.ranks import MPI_FOLDER
 from trainer.batches import Windows
 from trainer.checkpoint import read_checkpoint, write_checkpoint
 from trainer.dataset import fit_self_energies
@@ -328,4 +329,4 @@ def test_an_outer_launcher_leaves_no_trace_in_the_environment_of_the_ranks():
     assert local["TMPDIR"] == "/tmp/x"
     several_nodes = rank_environment(outer, 2, ("srun", "-n", "{ranks}"), "/tmp/x")
     assert several_nodes["SLURM_JOB_ID"] == "7"
-    assert several_nodes["OMPI_MCA_orte_tmpdir_base"] == "/tmp/x"
+    assert several_nodes[MPI_FOLDER] == "/tmp/x"
