@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["evaluate"]
 
 BLOCK_BYTES = 2**31  # enough to keep a GPU busy, little beside its memory
+BLOCK_BYTES_CPU = 2**25  # about a cache
 
 
 def evaluate(
@@ -45,10 +46,16 @@ def evaluate(
     forces = vec.new_zeros(n_gradients, len(structures.positions), 3)
     virial = vec.new_zeros(n_gradients, structures.n_frames, 3, 3, dtype=torch.float64)
     self_energies = self_energies.to(vec.device, non_blocking=True)
-    for (low, high), (first, last) in _blocks(row, len(other), _bytes_per_atom(row, other, stacks, n_gradients)):
+    n_bytes = _bytes_per_atom(row, other, stacks, n_gradients)
+    if n_gradients:
+        n_bytes += kernels.described_bytes(len(other) / max(1, len(row) - 1), p, dtype.itemsize)
+    for (low, high), (first, last) in _blocks(row, len(other), n_bytes):
         pairs = slice(first, last)
         environments = vec[pairs], row[low : high + 1] - first, species_other[pairs]
-        aev = kernels.aev_forward(*environments, p)
+        if n_gradients:
+            aev, aev_vjp = kernels.aev_with_vjp(*environments, p)
+        else:
+            aev = kernels.aev_forward(*environments, p)
         atomic, gradient = aev.new_empty(n_members, len(aev)), aev.new_empty(n_gradients, *aev.shape)
         for stack, atoms in zip(stacks, structures.atoms_by_species, strict=False):
             inside = atoms if high - low == len(row) - 1 else atoms[(atoms >= low) & (atoms < high)] - low
@@ -56,7 +63,7 @@ def evaluate(
         atomic = atomic.double() + self_energies.index_select(0, structures.species[low:high])
         energies.index_add_(1, structures.frame_of_atom[low:high], atomic)
         if n_gradients:
-            pull = kernels.aev_vjp(*environments, gradient, p)
+            pull = aev_vjp(gradient)
             forces += kernels.pair_sums(pull, row.clamp(first, last) - first, other[pairs])
             if stress:
                 ends = (row[structures.first_atom].clamp(first, last) - first).tolist()
@@ -68,18 +75,19 @@ def evaluate(
     return energies, forces, symmetric / torch.where(volume > 0, volume, torch.nan)[:, None, None]
 
 
-def _bytes_per_atom(row: torch.Tensor, other: torch.Tensor, stacks: Sequence[Stack], n_gradients: int) -> int:
+def _bytes_per_atom(row: torch.Tensor, other: torch.Tensor, stacks: Sequence[Stack], n_gradients: int) -> float:
     """Roughly, of what is held for one block only."""
     widest = max(sum(bias.numel() for bias in stack.biases) for stack in stacks)
     itemsize, length = stacks[0].weights[0].itemsize, stacks[0].weights[0].shape[2]
     pairs_per_atom = len(other) / max(1, len(row) - 1)
-    return int(itemsize * (3 * widest + 2 * n_gradients * length) + pairs_per_atom * (100 + 40 * n_gradients))
+    return itemsize * (3 * widest + 2 * n_gradients * length) + pairs_per_atom * (60 + 40 * n_gradients)
 
 
-def _blocks(row: torch.Tensor, n_pairs: int, bytes_per_atom: int) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+def _blocks(row: torch.Tensor, n_pairs: int, bytes_per_atom: float) -> list[tuple[tuple[int, int], tuple[int, int]]]:
     """First and last atom, and first and last pair, of each block; waits for the device if there is more than one."""
     n_atoms = len(row) - 1
-    size = max(1, BLOCK_BYTES // bytes_per_atom)
+    allowed = BLOCK_BYTES_CPU if row.device.type == "cpu" else BLOCK_BYTES
+    size = max(1, int(allowed / max(1.0, bytes_per_atom)))
     if n_atoms <= size:
         return [((0, n_atoms), (0, n_pairs))]
     atoms = [*range(0, n_atoms, size), n_atoms]

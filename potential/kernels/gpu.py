@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import math
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -54,24 +55,40 @@ WARP = 32  # lanes of a program with a pair or a triple each
 
 def aev_forward(vec: torch.Tensor, row: torch.Tensor, species_other: torch.Tensor, p: AEVParameters) -> torch.Tensor:
     """(N, L). vec: (E, 3), A, from each centre to its neighbours; row: (N + 1,); species_other: (E,)."""
-    return _sums(vec, row, species_other, None, p)[0]
+    return _sums(_Pairs(vec, row, species_other, p), None)[0]
+
+
+def aev_with_vjp(
+    vec: torch.Tensor, row: torch.Tensor, species_other: torch.Tensor, p: AEVParameters
+) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
+    """The AEVs, and what aev_vjp makes of a cotangent. Lists of near pairs are kept in between."""
+    pairs = _Pairs(vec, row, species_other, p)
+    return _sums(pairs, None)[0], functools.partial(_pull_back, pairs)
+
+
+def described_bytes(pairs_per_atom: float, p: AEVParameters, itemsize: int) -> float:
+    """What aev_with_vjp keeps for each atom: its part of `whole` and `real`."""
+    return pairs_per_atom * (3 * 8 + 6 * itemsize)
 
 
 def aev_jvp(
     vec: torch.Tensor, row: torch.Tensor, species_other: torch.Tensor, tangent: torch.Tensor, p: AEVParameters
 ) -> torch.Tensor:
     """(M, N, L): d aev . tangent_m. tangent: (M, E, 3), change of vec."""
-    return _sums(vec, row, species_other, tangent.contiguous(), p)
+    return _sums(_Pairs(vec, row, species_other, p), tangent.contiguous())
 
 
 def aev_vjp(
     vec: torch.Tensor, row: torch.Tensor, species_other: torch.Tensor, cotangent: torch.Tensor, p: AEVParameters
 ) -> torch.Tensor:
     """(M, E, 3): d<cotangent_m, aev>/dvec. cotangent: (M, N, L)."""
-    pairs = _Pairs(vec, row, species_other)
-    near = _Near(pairs, p)
+    return _pull_back(_Pairs(vec, row, species_other, p), cotangent)
+
+
+def _pull_back(pairs: _Pairs, cotangent: torch.Tensor) -> torch.Tensor:
+    p = pairs.p
     cotangent = cotangent.contiguous()
-    out = vec.new_empty(len(cotangent), pairs.n_pairs, 3)
+    out = cotangent.new_empty(len(cotangent), pairs.n_pairs, 3)
     _launch(
         programs.radial_vjp,
         (triton.cdiv(pairs.n_pairs, PAIRS_PER_PROGRAM), len(cotangent)),
@@ -89,14 +106,14 @@ def aev_vjp(
     _launch(
         programs.angular_vjp,
         (triton.cdiv(pairs.n_pairs, WARP), len(cotangent)),
-        near.bounds,
-        near.whole,
-        near.real,
+        pairs.bounds,
+        pairs.whole,
+        pairs.real,
         cotangent,
         out,
         pairs.n_atoms,
         pairs.n_pairs,
-        **_angular(p, vec.dtype),
+        **_angular(p, out.dtype),
         BLOCK=WARP,
         num_warps=1,
     )
@@ -157,13 +174,10 @@ shortest_distances = functools.partial(reference.shortest_distances, vectors=pai
 evaluate = functools.partial(blocks.evaluate, sys.modules[__name__])
 
 
-def _sums(
-    vec: torch.Tensor, row: torch.Tensor, species_other: torch.Tensor, tangent: torch.Tensor | None, p: AEVParameters
-) -> torch.Tensor:
+def _sums(pairs: _Pairs, tangent: torch.Tensor | None) -> torch.Tensor:
     """(1, N, L), the AEVs, or (M, N, L), what J makes of tangents (M, E, 3)."""
-    pairs = _Pairs(vec, row, species_other)
-    near = _Near(pairs, p)
-    out = vec.new_empty(1 if tangent is None else len(tangent), pairs.n_atoms, p.length)
+    p = pairs.p
+    out = pairs.vec.new_empty(1 if tangent is None else len(tangent), pairs.n_atoms, p.length)
     _launch(
         programs.radial_sums,
         (pairs.n_atoms, len(out)),
@@ -185,13 +199,13 @@ def _sums(
     _launch(
         programs.angular_sums,
         (pairs.n_atoms, p.n_species**2, len(out)),
-        near.bounds,
-        near.whole,
-        near.real,
+        pairs.bounds,
+        pairs.whole,
+        pairs.real,
         tangent,
         out,
         pairs.n_pairs,
-        **_angular(p, vec.dtype),
+        **_angular(p, out.dtype),
         PUSH=tangent is not None,
         BLOCK=WARP,
         num_warps=1,
@@ -200,45 +214,40 @@ def _sums(
 
 
 class _Pairs:
-    """Pairs sorted by centre, as the programs read them."""
+    """Pairs sorted by centre, and once more those within the angular cutoff, as the programs read them.
 
-    def __init__(self, vec: torch.Tensor, row: torch.Tensor, species_other: torch.Tensor) -> None:
-        self.vec = vec.contiguous()
+    There is room for all pairs in bounds, whole and real (see programs.py), so that those within need not be counted.
+    """
+
+    def __init__(self, vec: torch.Tensor, row: torch.Tensor, species_other: torch.Tensor, p: AEVParameters) -> None:
+        self.p, self.n_atoms, self.n_pairs = p, len(row) - 1, len(vec)
+        self.vec, self.distance = vec.contiguous(), vec.norm(dim=1)
         self.row, self.species_other = row.long().contiguous(), species_other.long().contiguous()
-        self.distance = vec.norm(dim=1)
-        self.n_atoms, self.n_pairs = len(row) - 1, len(vec)
-
-    def centre(self) -> torch.Tensor:
-        return torch.repeat_interleave(self.row.diff(), output_size=self.n_pairs)
-
-
-class _Near:
-    """Pairs within the angular cutoff: see programs.py. There is room for all, so that they need not be counted."""
-
-    def __init__(self, pairs: _Pairs, p: AEVParameters) -> None:
-        near = pairs.distance < p.angular_cutoff_A
-        near_row = torch.nn.functional.pad(near.cumsum(0), (1, 0)).index_select(0, pairs.row)
-        self.bounds = pairs.row.new_empty(pairs.n_atoms * p.n_species + 1)
-        self.whole = pairs.row.new_empty(3, pairs.n_pairs)
-        self.real = pairs.vec.new_empty(6, pairs.n_pairs)
+        self.bounds = self.row.new_empty(self.n_atoms * p.n_species + 1)
+        self.whole = self.row.new_empty(3, self.n_pairs)
+        self.real = self.vec.new_empty(6, self.n_pairs)
+        near = self.distance < p.angular_cutoff_A
         _launch(
             programs.list_near,
-            (pairs.n_atoms,),
-            pairs.vec,
-            pairs.distance,
+            (self.n_atoms,),
+            self.vec,
+            self.distance,
             near,
-            pairs.row,
-            near_row,
-            pairs.species_other,
+            self.row,
+            torch.nn.functional.pad(near.cumsum(0), (1, 0)).index_select(0, self.row),
+            self.species_other,
             self.bounds,
             self.whole,
             self.real,
-            pairs.n_pairs,
+            self.n_pairs,
             CUTOFF=p.angular_cutoff_A,
             SPECIES=p.n_species,
             BLOCK=PAIRS_PER_PROGRAM,
             num_warps=1,
         )
+
+    def centre(self) -> torch.Tensor:
+        return torch.repeat_interleave(self.row.diff(), output_size=self.n_pairs)
 
 
 def _launch(program: Any, grid: tuple[int, ...], *tensors: Any, **constants: Any) -> None:

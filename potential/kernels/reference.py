@@ -18,7 +18,7 @@ import functools
 import itertools
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -63,6 +63,9 @@ PAIRS_PER_BLOCK = 8_000
 ATOMS_PER_BLOCK = 128  # of the networks, for the same reason
 
 
+Features = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
 @dataclass(frozen=True)
 class Stack:
     """Networks of all members for one element. Per layer weights (M, out, in) and biases (M, out); one output, eV."""
@@ -73,34 +76,55 @@ class Stack:
 
 def aev_forward(vec: torch.Tensor, row: torch.Tensor, species_other: torch.Tensor, p: AEVParameters) -> torch.Tensor:
     """(N, L). vec: (E, 3), A, sorted by centre; row: (N + 1,); species_other: (E,). Pairs beyond a cutoff add 0."""
-    aev = vec.new_zeros(len(row) - 1, p.length)
-    for block in _blocks(vec, row, species_other, p):
-        out = vec.new_zeros(len(block.atoms), p.length)
-        for columns, shell in block.radial(p):
-            torch.sum(shell.features(p), 1, out=out[:, columns])
-        for columns, wedge in block.angular(p):
-            first, second = wedge.features()
-            first *= wedge.weight
-            out[:, columns] = torch.bmm(first.transpose(0, 1), second.permute(1, 2, 0)).flatten(1)
-        aev.index_copy_(0, block.atoms, out)
-    return aev
+    return _aev((block.describe(p, bend=False) for block in _blocks(vec, row, species_other, p)), vec, row, p)
 
 
 def aev_vjp(
     vec: torch.Tensor, row: torch.Tensor, species_other: torch.Tensor, cotangent: torch.Tensor, p: AEVParameters
 ) -> torch.Tensor:
     """(M, E, 3): d<cotangent_m, aev>/dvec. cotangent: (M, N, L)."""
+    return _pull_back((block.describe(p) for block in _blocks(vec, row, species_other, p)), vec, p, cotangent)
+
+
+def aev_with_vjp(
+    vec: torch.Tensor, row: torch.Tensor, species_other: torch.Tensor, p: AEVParameters
+) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
+    """The AEVs, and what aev_vjp makes of a cotangent. Features are kept in between."""
+    described = [block.describe(p) for block in _blocks(vec, row, species_other, p)]
+    return _aev(described, vec, row, p), functools.partial(_pull_back, described, vec, p)
+
+
+def described_bytes(pairs_per_atom: float, p: AEVParameters, itemsize: int) -> float:
+    """Roughly what aev_with_vjp keeps for each atom: its triples with their features."""
+    near = pairs_per_atom * min(1.0, p.angular_cutoff_A / p.radial_cutoff_A) ** 3
+    return near**2 / 2 * itemsize * (len(p.angular_shifts) + 2 * len(p.angle_shifts) + 8)
+
+
+def _aev(described: Iterable[_Described], vec: torch.Tensor, row: torch.Tensor, p: AEVParameters) -> torch.Tensor:
+    aev = vec.new_zeros(len(row) - 1, p.length)
+    for block in described:
+        out = vec.new_zeros(len(block.atoms), p.length)
+        for columns, shell in block.shells:
+            torch.sum(shell.features(p), 1, out=out[:, columns])
+        for columns, wedge, (first, second, _) in block.wedges:
+            out[:, columns] = torch.bmm((first * wedge.weight).transpose(0, 1), second.permute(1, 2, 0)).flatten(1)
+        aev.index_copy_(0, block.atoms, out)
+    return aev
+
+
+def _pull_back(
+    described: Iterable[_Described], vec: torch.Tensor, p: AEVParameters, cotangent: torch.Tensor
+) -> torch.Tensor:
     n_members, n_pairs = len(cotangent), len(vec)
     # One row more than there are pairs takes what padding writes.
     stretch = vec.new_zeros(n_members, n_pairs + 1)
     turn = vec.new_zeros(n_members, n_pairs + 1, 3)
-    for block in _blocks(vec, row, species_other, p):
+    for block in described:
         weights = cotangent.index_select(1, block.atoms)
-        for columns, shell in block.radial(p):
+        for columns, shell in block.shells:
             slope = torch.bmm(shell.slopes(p), weights[:, :, columns].permute(1, 2, 0))
             stretch[:, shell.index] += slope.permute(2, 0, 1)
-        for columns, wedge in block.angular(p):
-            features = wedge.features_and_bend()
+        for columns, wedge, features in block.wedges:
             for member in range(n_members):
                 weight = weights[member, :, columns].unflatten(1, (len(p.angular_shifts), len(p.angle_shifts)))
                 wedge.pull_back(features, weight, stretch[member], turn[member])
@@ -121,11 +145,11 @@ def aev_jvp(
     turn = torch.nn.functional.pad(turn, (0, 0, 0, 1))
     for block in _blocks(vec, row, species_other, p):
         block_out = vec.new_zeros(n_members, len(block.atoms), p.length)
-        for columns, shell in block.radial(p):
+        described = block.describe(p)
+        for columns, shell in described.shells:
             change = torch.bmm(stretch[:, shell.index].transpose(0, 1), shell.slopes(p))
             block_out[:, :, columns] = change.transpose(0, 1)
-        for columns, wedge in block.angular(p):
-            features = wedge.features_and_bend()
+        for columns, wedge, features in described.wedges:
             for member in range(n_members):
                 change = wedge.push_forward(features, stretch[member], turn[member])
                 block_out[member, :, columns] = change.flatten(1)
@@ -311,37 +335,31 @@ class _Wedge:
         """(n, K, K') -> (n, T)."""
         return values.flatten(1).index_select(1, self.pair)
 
-    def features(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """F1 (A, n, T) without its factor f, and F2 (Z, n, T)."""
-        first, second, _ = self._features()
-        return first, second
+    def features(self, *, bend: bool) -> Features:
+        """F1 (A, n, T) without its factor f, F2 (Z, n, T), and its derivative by the cosine of the unscaled angle.
 
-    def features_and_bend(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """F1, F2, and the derivative of F2 by the cosine of the unscaled angle."""
-        first, second, half = self._features()
-        # theta = acos(c): d cos(theta - s) / dc = cos s - sin s cos(theta) / sin(theta)
-        shift = self._column(self.p.angle_shifts)
-        bend = (self.cosine / self.sine).mul_(-0.5 * ANGLE_SCALE * self.p.zeta) * shift.sin()
-        bend += 0.5 * ANGLE_SCALE * self.p.zeta * shift.cos()
-        return first, second, bend.mul_(second).div_(half)
-
-    def _features(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """F1, F2, and (1 + cos(theta - ShfZ)) / 2, by the addition theorem, floored against the log of 0."""
+        Without `bend` there is nothing in place of the derivative.
+        """
         first = self.mean - self._column(self.p.angular_shifts)
         first.square_().mul_(-LOG2_E * self.p.eta_angular).clamp_(min=LOWEST_EXPONENT).exp2_()
-        self.sine = (1 - self.cosine.square()).sqrt_()
-        shift = self._column(self.p.angle_shifts)
+        # (1 + cos(theta - ShfZ)) / 2 by the addition theorem, floored against the log of 0
+        sine, shift = (1 - self.cosine.square()).sqrt_(), self._column(self.p.angle_shifts)
         half = self.cosine * (0.5 * shift.cos())
-        half.addcmul_(self.sine, 0.5 * shift.sin()).add_(0.5).clamp_(min=torch.finfo(half.dtype).eps)
+        half.addcmul_(sine, 0.5 * shift.sin()).add_(0.5).clamp_(min=torch.finfo(half.dtype).eps)
         second = half.log2().mul_(self.p.zeta).clamp_(min=LOWEST_EXPONENT).exp2_()
-        return first, second, half
+        if not bend:
+            return first, second, second[:0]
+        # theta = acos(c): d cos(theta - s) / dc = cos s - sin s cos(theta) / sin(theta)
+        slope = (self.cosine / sine).mul_(-0.5 * ANGLE_SCALE * self.p.zeta) * shift.sin()
+        slope += 0.5 * ANGLE_SCALE * self.p.zeta * shift.cos()
+        return first, second, slope.mul_(second).div_(half)
 
     def _column(self, values: tuple[float, ...]) -> torch.Tensor:
         return self.mean.new_tensor(values)[:, None, None]
 
     def pull_back(
         self,
-        features: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        features: Features,
         weight: torch.Tensor,
         stretch: torch.Tensor,
         turn: torch.Tensor,
@@ -368,7 +386,7 @@ class _Wedge:
 
     def push_forward(
         self,
-        features: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        features: Features,
         stretch: torch.Tensor,
         turn: torch.Tensor,
     ) -> torch.Tensor:
@@ -393,8 +411,9 @@ def _reduce(shell: _Shell, partner: _Shell, triples: torch.Tensor, stretch: torc
     """Add derivatives by cutoff functions, mean length and cosine of triples, (3, n, K, K'), to those by pairs."""
     by_cutoff, by_mean, by_cosine = triples
     by_length = torch.bmm(by_cutoff, partner.fc[:, :, None]).squeeze(2).mul_(shell.dfc).add_(by_mean.sum(2))
-    stretch[shell.index] += by_length
-    turn[shell.index] += torch.bmm(by_cosine, partner.unit)
+    index = shell.index.flatten()
+    stretch.index_add_(0, index, by_length.flatten())
+    turn.index_add_(0, index, torch.bmm(by_cosine, partner.unit).flatten(0, 1))
 
 
 @dataclass(frozen=True)
@@ -405,18 +424,30 @@ class _Block:
     near: list[_Shell]
     nearest: list[_Shell]
 
-    def radial(self, p: AEVParameters) -> Iterator[tuple[slice, _Shell]]:
+    def describe(self, p: AEVParameters, *, bend: bool = True) -> _Described:
+        """Without `bend` for AEVs only."""
         width = len(p.radial_shifts)
-        for species, shell in enumerate(self.near):
-            if shell.index.shape[1] > 0:
-                yield slice(species * width, (species + 1) * width), shell
-
-    def angular(self, p: AEVParameters) -> Iterator[tuple[slice, _Wedge]]:
+        shells = [
+            (slice(species * width, (species + 1) * width), shell)
+            for species, shell in enumerate(self.near)
+            if shell.index.shape[1] > 0
+        ]
+        wedges = []
         for number, (a, b) in enumerate(p.species_pairs):
             left, right = self.nearest[a], self.nearest[b]
             if min(left.index.shape[1], right.index.shape[1]) > (1 if a == b else 0):
-                start = p.n_radial + number * p.n_per_pair
-                yield slice(start, start + p.n_per_pair), _Wedge(left, right, p)
+                start, wedge = p.n_radial + number * p.n_per_pair, _Wedge(left, right, p)
+                wedges.append((slice(start, start + p.n_per_pair), wedge, wedge.features(bend=bend)))
+        return _Described(self.atoms, shells, wedges)
+
+
+@dataclass(frozen=True)
+class _Described:
+    """A block's shells, and its wedges with their features, each with its columns of the AEV."""
+
+    atoms: torch.Tensor
+    shells: list[tuple[slice, _Shell]]
+    wedges: list[tuple[slice, _Wedge, Features]]
 
 
 def _blocks(vec: torch.Tensor, row: torch.Tensor, species_other: torch.Tensor, p: AEVParameters) -> Iterator[_Block]:
@@ -481,6 +512,11 @@ class _Padded:
         self.real = torch.nn.functional.pad(torch.ones_like(length), (0, 1))
 
     def shell(self, index: torch.Tensor, cutoff_A: float) -> _Shell:
-        distance, real = self.distance[index], self.real[index]
+        distance, unit, real = (_rows(each, index) for each in (self.distance, self.unit, self.real))
         fc, dfc = _cutoff(distance, cutoff_A)
-        return _Shell(index, distance, self.unit[index], fc.mul_(real), dfc.mul_(real))
+        return _Shell(index, distance, unit, fc.mul_(real), dfc.mul_(real))
+
+
+def _rows(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """values[index], several times faster on the CPU."""
+    return values.index_select(0, index.flatten()).view(*index.shape, *values.shape[1:])
