@@ -4,7 +4,8 @@
 
 docs/molecules.md says how LABELS is made: folders of labels to train on, xtb (GFN2-xTB; may be missing), dft
 (wB97X/6-31G*) and cc (CCSD(T)*/CBS), and to test on, xtb-test, dft-test and cc-test, of molecules whose formulas no
-level was trained on. dft-known and cc-known, where they are there, hold other geometries of molecules of cc.
+level was trained on. Where they are there, xtb-larger, dft-larger and cc-larger hold such molecules that are larger
+than any of dft and cc, and dft-known and cc-known other geometries of molecules of cc.
 
 Errors in kcal/mol against coupled cluster, mean and standard deviation over seeds: of total energies, and of energy
 differences between frames of one formula. What a lower level says is first raised by one constant per element, fitted
@@ -38,9 +39,13 @@ from trainer.stage import train, transfer
 
 Floats = NDArray[np.float64]
 THEORIES = {"xtb": "GFN2-xTB", "dft": "wB97X/6-31G*"}
-TESTS = {"test": "unknown molecules", "known": "other geometries of known molecules"}
+TESTS = {
+    "test": "unknown molecules",
+    "larger": "larger unknown molecules",
+    "known": "other geometries of known molecules",
+}
 # Thousands of cheap labels want fewer epochs than hundreds of dear ones.
-MANY_LABELS = {"batch": 16, "patience": 2, "max_epochs": 12}
+MANY_LABELS = {"batch": 64, "patience": 4, "max_epochs": 60}
 
 
 @dataclass(frozen=True)
@@ -89,7 +94,8 @@ def main() -> int:
     config = load_campaign(options.config)
     data = {level: Labels.read(options.labels / level) for level in ("xtb", "dft", "cc")}
     tests = {name: _read_test(options.labels, name) for name in TESTS if (options.labels / f"cc-{name}").is_dir()}
-    _refuse_known(data, tests["test"]["cc"])
+    for name in tests.keys() - {"known"}:
+        _refuse_known(data, tests[name]["cc"])
     for level, labels in data.items():
         print(f"{level}: {len(labels.frames)} frames of {len(_formulas(labels))} formulas")
     steps = [step for step in STEPS if step.name in options.steps and _possible(step, data)]

@@ -1,8 +1,8 @@
 """How do g = dE/dAEV of a block of structures become forces and stress, and their residuals return to AEVs?
 
 Both are products with the Jacobian of the AEVs by positions and strain. Geometries never change in training, so AEVs
-are kept. The Jacobian either is kept too, dense per structure with all images summed (cells of a few tens of atoms: one
-small matrix product for the whole committee), or is recomputed by the kernels from pair vectors. Neither needs a second
+are kept. The Jacobian either is kept too, per structure with all images summed (cells of a few tens of atoms: one small
+matrix product for the whole committee), or is recomputed by the kernels from pair vectors. Neither needs a second
 derivative.
 """
 
@@ -19,12 +19,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from potential.aev import AEVParameters
-from potential.kernels import aev_forward, aev_jvp, aev_vjp, pair_differences, pair_sums, respond
+from potential.kernels import Kept, aev_forward, aev_jvp, aev_vjp, keep, pair_differences, pair_sums, respond
 from potential.neighbours import find_neighbours, pair_vectors
 from potential.structures import Structures
 from trainer.loss import References, Weights, pulls
 
-__all__ = ["Block", "Geometry", "describe", "jacobian_bytes", "join", "with_jacobian"]
+__all__ = ["Block", "Geometry", "describe", "jacobian_numbers", "join", "with_jacobian"]
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Geometry:
     """One structure as the trainer sees it, on the device of the training but for its species.
 
     species: (n,), on the CPU. aev: (n, L). Pairs sorted by centre: vec (E, 3), A; centre and other (E,). jacobian:
-    (3n + 6, n * L), rows -dAEV/dx then dAEV/dstrain (xx yy zz yz xz xy), or without rows when it is not kept.
+    (3n + 6, n * L), rows -dAEV/dx then dAEV/dstrain (xx yy zz yz xz xy), when it is kept; then there are no pairs.
     """
 
     species: Tensor
@@ -40,7 +40,11 @@ class Geometry:
     vec: Tensor
     centre: Tensor
     other: Tensor
-    jacobian: Tensor
+    jacobian: Kept | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(value.nbytes for value in vars(self).values() if value is not None)
 
 
 def describe(
@@ -58,8 +62,7 @@ def describe(
     geometries = []
     for (a, b), (e, f) in zip(pairwise(first.tolist()), pairwise(neighbours.row[first].tolist()), strict=True):
         centre, other = all_centres[e:f] - a, all_others[e:f] - a
-        jacobian = aev.new_empty(0, (b - a) * p.length)
-        geometries.append(Geometry(species[a:b], aev[a:b], vec[e:f], centre, other, jacobian))
+        geometries.append(Geometry(species[a:b], aev[a:b], vec[e:f], centre, other))
     return geometries
 
 
@@ -75,14 +78,14 @@ def with_jacobian(geometry: Geometry, p: AEVParameters) -> Geometry:
         geometry.vec.new_empty(0, 3),
         geometry.centre.new_empty(0),
         geometry.other.new_empty(0),
-        rows.reshape(3 * n + 6, -1).contiguous(),
+        keep(rows.reshape(3 * n + 6, -1)),
     )
 
 
-def jacobian_bytes(n_atoms: NDArray[np.int32], length: int, dtype: torch.dtype) -> int:
-    """Return the size of the dense Jacobians of structures of so many atoms and AEVs of `length`."""
+def jacobian_numbers(n_atoms: NDArray[np.int32], length: int) -> int:
+    """Return how many numbers the Jacobians of structures of so many atoms and AEVs of `length` have, zeros and all."""
     n = n_atoms.astype(np.int64)
-    return int(((3 * n + 6) * n).sum()) * length * dtype.itemsize
+    return int(((3 * n + 6) * n).sum()) * length
 
 
 class Block(ABC):
@@ -100,46 +103,29 @@ class Block(ABC):
         """Return forces (M, N, 3), eV/A, and virial = volume * stress (M, B, 6), eV, for g (M, N, L)."""
 
     @abstractmethod
-    def lift(self, forces: Tensor, virial: Tensor) -> Tensor:
-        """Apply the transpose of `project`: (M, N, 3) and (M, B, 6) to (M, N, L)."""
-
     def respond(self, g: Tensor, truth: References, weights: Weights, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return forces and virial, and the derivative by g, (M, N, L), of the sum of scale (M, B) times the loss."""
-        forces, virial = self.project(g)
-        return forces, virial, self.lift(*pulls(forces, virial, truth, weights, scale))
 
 
 def join(geometries: Sequence[Geometry], p: AEVParameters) -> Block:
     """Join structures that all keep their Jacobian, or none does."""
-    return _Kept(geometries) if len(geometries[0].jacobian) else _Recomputed(geometries, p)
+    kept = [geometry.jacobian for geometry in geometries if geometry.jacobian is not None]
+    return _Kept(geometries, kept) if kept else _Recomputed(geometries, p)
 
 
 class _Kept(Block):
-    def __init__(self, geometries: Sequence[Geometry]) -> None:
+    """In one pass over the Jacobians, which are too large to stay in a cache."""
+
+    def __init__(self, geometries: Sequence[Geometry], jacobians: Sequence[Kept]) -> None:
         super().__init__(geometries)
-        self._jacobians = [geometry.jacobian for geometry in geometries]
+        self._jacobians = jacobians
 
     def project(self, g: Tensor) -> tuple[Tensor, Tensor]:
-        forces, virial, at = [], [], 0
-        for jacobian in self._jacobians:
-            n = (len(jacobian) - 6) // 3
-            rows = g[:, at : at + n].reshape(len(g), -1) @ jacobian.T
-            forces.append(rows[:, : 3 * n].view(-1, n, 3))
-            virial.append(rows[:, 3 * n :])
-            at += n
-        return torch.cat(forces, dim=1), torch.stack(virial, dim=1)
-
-    def lift(self, forces: Tensor, virial: Tensor) -> Tensor:
-        lifted, at = [], 0
-        for i, jacobian in enumerate(self._jacobians):
-            n = (len(jacobian) - 6) // 3
-            rows = torch.cat([forces[:, at : at + n].reshape(len(forces), -1), virial[:, i]], dim=1)
-            lifted.append((rows @ jacobian).view(len(forces), n, -1))
-            at += n
-        return torch.cat(lifted, dim=1)
+        nothing = [g.new_full((jacobian.shape[0],), torch.nan) for jacobian in self._jacobians]
+        scale = g.new_zeros(len(g), len(nothing))
+        return respond(self._jacobians, nothing, g.contiguous(), scale, 0.0, 0.0, 0.0)[:2]
 
     def respond(self, g: Tensor, truth: References, weights: Weights, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """In one pass over the Jacobians, which are too large to stay in a cache."""
         strengths = 2 / 3 * weights.force, weights.stress / 3, weights.force_cap
         return respond(self._jacobians, truth.targets, g, scale, *strengths)
 
@@ -166,7 +152,12 @@ class _Recomputed(Block):
         virial.index_add_(1, self.frame_of_atom[self._centre], torch.stack(parts, dim=2))
         return forces, virial
 
+    def respond(self, g: Tensor, truth: References, weights: Weights, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        forces, virial = self.project(g)
+        return forces, virial, self.lift(*pulls(forces, virial, truth, weights, scale))
+
     def lift(self, forces: Tensor, virial: Tensor) -> Tensor:
+        """Apply the transpose of `project`: (M, N, 3) and (M, B, 6) to (M, N, L)."""
         tangent = pair_differences(forces.contiguous(), self._row, self._other)
         xx, yy, zz, yz, xz, xy = virial[:, self.frame_of_atom[self._centre]].unbind(2)
         x, y, z = self._vec.unbind(1)

@@ -20,7 +20,7 @@ from shards.reader import Batch
 from trainer.batches import Windows
 from trainer.config import TrainerSettings
 from trainer.dataset import Dataset
-from trainer.descriptors import Block, Geometry, describe, jacobian_bytes, join, with_jacobian
+from trainer.descriptors import Block, Geometry, describe, jacobian_numbers, join, with_jacobian
 from trainer.folds import TRAIN, assign_blocks, member_roles
 from trainer.loss import References
 from trainer.memory import Plan, make_plan
@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 ATOMS_PER_BLOCK = 2048
 ATOMS_PER_BLOCK_GPU = 32_768
 BLOCKS_AHEAD = 4
-N_SAMPLED = 64
+N_SAMPLED, N_DERIVED = 64, 4
 OBJECTS_BYTES = 4500  # of the Python objects of one Example, measured
 
 
@@ -149,15 +149,19 @@ class Problem:
     def _plan(self, own: NDArray[np.int64], allowed_GB: float) -> Plan:
         """Measure what some of the structures take, and decide what of all of them is kept."""
         n_atoms, length = self.dataset.n_atoms, self._p.length
-        dtype = getattr(torch, self.settings.dtype)
-        sample = np.unique(own[np.linspace(0, len(own) - 1, N_SAMPLED).astype(np.int64)]) if len(own) else own
-        n_bytes = sum(_n_bytes(example) for part in self._cut(sample) for example in self._examples(part))
-        per_atom = n_bytes / max(int(n_atoms[sample].sum()), 1)
+        sample = np.unique(np.linspace(0, len(n_atoms) - 1, N_SAMPLED).astype(np.int64))
+        examples = [example for part in self._cut(sample) for example in self._examples(part)]
+        n_bytes = sum(OBJECTS_BYTES + example.target.nbytes + example.geometry.nbytes for example in examples)
+        # Few and small: a Jacobian grows with the square of the atoms, and its share of zeros with the cell.
+        geometries = sorted((example.geometry for example in examples), key=lambda each: len(each.species))[:N_DERIVED]
+        kept = [with_jacobian(geometry, self._p).jacobian for geometry in geometries]
+        n_numbers = jacobian_numbers(np.array([len(each.species) for each in geometries], dtype=np.int32), length)
+        per_number = sum(jacobian.nbytes for jacobian in kept if jacobian is not None) / max(1, n_numbers)
         plan = make_plan(
-            int(n_atoms[own].sum()) * per_atom / 1e9,
-            jacobian_bytes(n_atoms[own], length, dtype) / 1e9,
+            int(n_atoms[own].sum()) * n_bytes / max(1, int(n_atoms[sample].sum())) / 1e9,
+            jacobian_numbers(n_atoms[own], length) * per_number / 1e9,
             allowed_GB,
-            jacobian_bytes(n_atoms, length, dtype) / 1e9 <= self.settings.jacobian_memory_GB,
+            jacobian_numbers(n_atoms, length) * per_number / 1e9 <= self.settings.jacobian_memory_GB,
         )
         log.info("%d structures, %d atoms; on this rank %d: %s", len(n_atoms), n_atoms.sum(), len(own), plan.reason)
         return plan
@@ -170,8 +174,3 @@ class Problem:
                 kept[i] = replace(example, geometry=geometry)
         self._kept = kept
         log.info("described %d structures in %.1f s", len(own), time.perf_counter() - start)
-
-
-def _n_bytes(example: Example) -> int:
-    tensors = [value for part in (example, example.geometry) for value in vars(part).values() if torch.is_tensor(value)]
-    return OBJECTS_BYTES + sum(tensor.nbytes for tensor in tensors)

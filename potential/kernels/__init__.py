@@ -17,12 +17,14 @@ import torch
 
 from potential.aev import AEVParameters
 from potential.kernels import reference
+from potential.kernels.kept import Blocks
 from potential.kernels.layers import Layout
 from potential.kernels.motion import Moving
 from potential.kernels.reference import Stack
 from potential.structures import Structures
 
 __all__ = [
+    "Kept",
     "Layout",
     "Moving",
     "Stack",
@@ -36,6 +38,7 @@ __all__ = [
     "forward_layers",
     "have_moved",
     "implementation",
+    "keep",
     "kick",
     "native_available",
     "normals",
@@ -45,6 +48,8 @@ __all__ = [
     "respond",
     "shortest_distances",
 ]
+
+Kept = torch.Tensor | Blocks  # a Jacobian
 
 
 def find_pairs(
@@ -198,8 +203,14 @@ def backward_layers(
     _kernels(flat).backward_layers(flat, layout, celu_alpha, tape, aev, atoms, by_energy, by_g, into)
 
 
+def keep(jacobian: torch.Tensor) -> Kept:
+    """A Jacobian (3n + 6, n L), rows of forces before those of the virial, as `respond` wants it."""
+    kept: Kept = _kernels(jacobian).keep(jacobian)
+    return kept
+
+
 def respond(
-    jacobians: Sequence[torch.Tensor],
+    jacobians: Sequence[Kept],
     targets: Sequence[torch.Tensor],
     g: torch.Tensor,
     scale: torch.Tensor,
@@ -209,10 +220,9 @@ def respond(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Forces (M, N, 3), virials (M, B, 6), and the derivative (M, N, L) of a loss by g, from Jacobians that were kept.
 
-    jacobians: (3n + 6, n L) for each of B structures of n atoms, rows of forces before those of the virial. targets:
-    (3n + 6,), not a number where there is none. scale: (M, B). The loss is the sum over members and structures of
-    scale / n times: force_scale / 2 * square of the errors of forces, linear beyond the cap, and virial_scale / 2 *
-    square of those of the virial.
+    jacobians: of each of B structures of n atoms, see `keep`. targets: (3n + 6,), not a number where there is none.
+    scale: (M, B). The loss is the sum over members and structures of scale / n times: force_scale / 2 * square of the
+    errors of forces, linear beyond the cap, and virial_scale / 2 * square of those of the virial.
     """
     response: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
     response = _kernels(g).respond(jacobians, targets, g, scale, force_scale, virial_scale, force_cap)

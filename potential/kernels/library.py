@@ -16,6 +16,7 @@ __all__ = [
     "LEVELS",
     "AevShape",
     "Evaluate",
+    "KeptJacobian",
     "Layers",
     "Motion",
     "Networks",
@@ -86,13 +87,20 @@ class Layers(ctypes.Structure):
     )
 
 
+class KeptJacobian(ctypes.Structure):
+    """KeptJacobian of training.h."""
+
+    _fields_ = tuple((name, ctypes.c_void_p) for name in ("values", "at", "row"))
+
+
 class Response(ctypes.Structure):
     """ResponseJob of training.h."""
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("n_members", "length", "n_atoms", "n_structures")),
         ("first", ctypes.POINTER(ctypes.c_int64)),
-        *((name, ctypes.POINTER(ctypes.c_void_p)) for name in ("jacobians", "targets")),
+        ("jacobians", ctypes.POINTER(KeptJacobian)),
+        ("targets", ctypes.POINTER(ctypes.c_void_p)),
         ("scale", ctypes.c_void_p),
         *((name, ctypes.c_double) for name in ("force_scale", "virial_scale", "cap")),
         *((name, ctypes.c_void_p) for name in ("g", "forces", "virial", "v")),

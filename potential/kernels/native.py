@@ -12,10 +12,13 @@ import torch
 
 from potential.aev import AEVParameters
 from potential.kernels.bins import FLAT_CELL, NOT_FINITE
+from potential.kernels.kept import Blocks
+from potential.kernels.kept import cut as keep
 from potential.kernels.layers import Layout
 from potential.kernels.library import (
     AevShape,
     Evaluate,
+    KeptJacobian,
     Layers,
     Motion,
     Networks,
@@ -39,6 +42,7 @@ __all__ = [
     "find_pairs",
     "forward_layers",
     "have_moved",
+    "keep",
     "kick",
     "networks",
     "normals",
@@ -389,7 +393,7 @@ def _run_layers(backward: bool, flat: torch.Tensor, job: Layers) -> None:
 
 
 def respond(
-    jacobians: Sequence[torch.Tensor],
+    jacobians: Sequence[Blocks],
     targets: Sequence[torch.Tensor],
     g: torch.Tensor,
     scale: torch.Tensor,
@@ -402,10 +406,11 @@ def respond(
     n_structures = len(jacobians)
     first = [0, *itertools.accumulate((target.shape[0] - 6) // 3 for target in targets)]
     for low, high, jacobian in zip(first, first[1:], jacobians, strict=False):
-        _check("jacobian", jacobian, (3 * (high - low) + 6, (high - low) * length))
+        if jacobian.shape != (3 * (high - low) + 6, (high - low) * length):
+            raise ValueError(f"jacobian is {jacobian.shape}: must be {(3 * (high - low) + 6, (high - low) * length)}")
     _check("g", g, (n_members, first[-1], length))
     _check("scale", scale, (n_members, n_structures))
-    tensors = [g, scale, *jacobians, *targets]
+    tensors = [g, scale, *(jacobian.values for jacobian in jacobians), *targets]
     if not all(tensor.dtype == g.dtype and tensor.is_contiguous() for tensor in tensors):
         raise ValueError(f"kept derivatives: all tensors must be contiguous and {g.dtype}, as g is")
     forces, v = g.new_empty(n_members, n_atoms, 3), torch.empty_like(g)
@@ -416,7 +421,9 @@ def respond(
         n_atoms,
         n_structures,
         (ctypes.c_int64 * len(first))(*first),
-        (ctypes.c_void_p * n_structures)(*(jacobian.data_ptr() for jacobian in jacobians)),
+        (KeptJacobian * n_structures)(
+            *(KeptJacobian(*(t.data_ptr() for t in (each.values, each.at, each.row))) for each in jacobians)
+        ),
         (ctypes.c_void_p * n_structures)(*(target.data_ptr() for target in targets)),
         scale.data_ptr(),
         force_scale,

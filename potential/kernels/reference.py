@@ -26,7 +26,7 @@ import torch
 from potential.aev import ANGLE_SCALE, AEVParameters
 from potential.kernels import blocks
 from potential.kernels.bins import find_pairs
-from potential.kernels.layers import backward_layers, forward_layers, respond
+from potential.kernels.layers import backward_layers, forward_layers, keep, respond
 from potential.kernels.motion import drift, kick, normals
 from potential.structures import Structures
 
@@ -41,6 +41,7 @@ __all__ = [
     "find_pairs",
     "forward_layers",
     "have_moved",
+    "keep",
     "kick",
     "networks",
     "normals",

@@ -226,73 +226,77 @@ template <class T> void Layers<T>::store(int64_t member) {
 
 // ---- a Jacobian that was kept --------------------------------------------------------------------------------------
 
-// Forces F = J g and what their residuals return, v = J^T r, in one pass over J: a few rows at a time, which are still in
-// the cache when they are needed again.
+// Forces F = J g and what their residuals return, v = J^T r, in one pass over J: the blocks of three rows at a time, which
+// are still in the cache when they are needed again.
 template <class T> class Response {
     using S = Simd<T>;
     using V = typename S::V;
-    static constexpr int W = S::W;
-    static constexpr int ROWS = BYTES == 64 ? 6 : 3, MEMBERS = BYTES == 64 ? 4 : 2, VECTORS = BYTES == 64 ? 2 : 1;
+    static constexpr int W = S::W, MEMBERS = BYTES == 64 ? 4 : 2;
 
     const ResponseJob& job;
-    const int64_t structure, low, n_atoms, n_rows, n_columns;
-    const T *jacobian, *target, *g;
+    const KeptJacobian& jacobian;
+    const int64_t structure, low, n_atoms, n_columns;
+    const T *target, *g;
     T* v;
 
 public:
     Response(const ResponseJob& job, int64_t structure)
-        : job(job), structure(structure), low(job.first[structure]), n_atoms(job.first[structure + 1] - low),
-          n_rows(3 * n_atoms + 6), n_columns(n_atoms * job.length),
-          jacobian(static_cast<const T*>(job.jacobians[structure])),
+        : job(job), jacobian(job.jacobians[structure]), structure(structure), low(job.first[structure]),
+          n_atoms(job.first[structure + 1] - low), n_columns(n_atoms * job.length),
           target(static_cast<const T*>(job.targets[structure])),
           g(static_cast<const T*>(job.g) + low * job.length), v(static_cast<T*>(job.v) + low * job.length) {}
 
     void run() {
         for (int64_t m = 0; m < job.n_members; ++m) memset(member(v, m), 0, sizeof(T) * n_columns);
-        int64_t row = 0;
-        for (; row + ROWS <= n_rows; row += ROWS) some_rows<ROWS>(row);
-        for (; row < n_rows; ++row) some_rows<1>(row);
+        for (int64_t row = 0; row < n_atoms + 2; ++row) {
+            int64_t m = 0;
+            for (; m + MEMBERS <= job.n_members; m += MEMBERS) three_rows<MEMBERS>(row, m);
+            for (; m < job.n_members; ++m) three_rows<1>(row, m);
+        }
     }
 
 private:
     template <class U> U* member(U* array, int64_t m) const { return array + m * job.n_atoms * job.length; }
 
-    template <int R> void some_rows(int64_t row) {
-        int64_t m = 0;
-        for (; m + MEMBERS <= job.n_members; m += MEMBERS) some_members<R, MEMBERS>(row, m);
-        for (; m < job.n_members; ++m) some_members<R, 1>(row, m);
+    // whole(values, column) for the blocks of a row, then part(value, r, column) for numbers of one that is cut off.
+    template <class Whole, class Part> INLINE void for_each_block(int64_t row, Whole whole, Part part) const {
+        const T* values = static_cast<const T*>(jacobian.values) + jacobian.row[row] * 3 * KEPT_WIDTH;
+        for (int64_t b = jacobian.row[row]; b < jacobian.row[row + 1]; ++b, values += 3 * KEPT_WIDTH) {
+            const int64_t at = jacobian.at[b];
+            if (at + KEPT_WIDTH <= n_columns) {
+                whole(values, at);
+                continue;
+            }
+            for (int r = 0; r < 3; ++r)
+                for (int64_t i = at; i < n_columns; ++i) part(values[r * KEPT_WIDTH + i - at], r, i);
+        }
     }
 
-    template <int R, int M> void some_members(int64_t row, int64_t m) {
-        T residual[R][M];
-        multiply<R, M>(row, m, residual);
+    template <int M> void three_rows(int64_t row, int64_t m) {
+        V sum[3][M] = {};
+        T rest[3][M] = {};
+        for_each_block(row,
+            [&](const T* values, int64_t at) {
+                for (int c = 0; c < KEPT_WIDTH; c += W) {
+                    V x[M];
+                    for (int k = 0; k < M; ++k) x[k] = S::load(member(g, m + k) + at + c);
+                    for (int r = 0; r < 3; ++r) {
+                        const V y = S::load(values + r * KEPT_WIDTH + c);
+                        for (int k = 0; k < M; ++k) sum[r][k] += y * x[k];
+                    }
+                }
+            },
+            [&](T value, int r, int64_t i) {
+                for (int k = 0; k < M; ++k) rest[r][k] += value * member(g, m + k)[i];
+            });
+        T residual[3][M];
         bool any = false;
-        for (int r = 0; r < R; ++r)
+        for (int r = 0; r < 3; ++r)
             for (int k = 0; k < M; ++k) {
-                residual[r][k] = respond(row + r, m + k, residual[r][k]);
+                residual[r][k] = respond(3 * row + r, m + k, S::sum(sum[r][k]) + rest[r][k]);
                 any |= residual[r][k] != 0;
             }
-        if (any) add<R, M>(row, m, residual);
-    }
-
-    // What rows say about members.
-    template <int R, int M> void multiply(int64_t row, int64_t m, T (&out)[R][M]) const {
-        const T* j = jacobian + row * n_columns;
-        V sum[R][M] = {};
-        int64_t i = 0;
-        for (; i + W <= n_columns; i += W) {
-            V x[M];
-            for (int k = 0; k < M; ++k) x[k] = S::load(member(g, m + k) + i);
-            for (int r = 0; r < R; ++r) {
-                const V y = S::load(j + r * n_columns + i);
-                for (int k = 0; k < M; ++k) sum[r][k] += y * x[k];
-            }
-        }
-        for (int r = 0; r < R; ++r)
-            for (int k = 0; k < M; ++k) out[r][k] = S::sum(sum[r][k]);
-        for (; i < n_columns; ++i)
-            for (int r = 0; r < R; ++r)
-                for (int k = 0; k < M; ++k) out[r][k] += j[r * n_columns + i] * member(g, m + k)[i];
+        if (any) add<M>(row, m, residual);
     }
 
     // Store what was predicted, and return the derivative of the loss by it.
@@ -310,25 +314,21 @@ private:
         return scale * T(job.force_scale / double(n_atoms)) * (off > cap ? cap : off < -cap ? -cap : off);
     }
 
-    template <int R, int M> void add(int64_t row, int64_t m, const T (&residual)[R][M]) {
-        const T* j = jacobian + row * n_columns;
-        int64_t i = 0;
-        for (; i + VECTORS * W <= n_columns; i += VECTORS * W) {
-            V sum[M][VECTORS];
-            for (int k = 0; k < M; ++k)
-                for (int c = 0; c < VECTORS; ++c) sum[k][c] = S::load(member(v, m + k) + i + c * W);
-            for (int r = 0; r < R; ++r) {
-                V y[VECTORS];
-                for (int c = 0; c < VECTORS; ++c) y[c] = S::load(j + r * n_columns + i + c * W);
-                for (int k = 0; k < M; ++k)
-                    for (int c = 0; c < VECTORS; ++c) sum[k][c] += y[c] * residual[r][k];
-            }
-            for (int k = 0; k < M; ++k)
-                for (int c = 0; c < VECTORS; ++c) S::store(member(v, m + k) + i + c * W, sum[k][c]);
-        }
-        for (; i < n_columns; ++i)
-            for (int r = 0; r < R; ++r)
-                for (int k = 0; k < M; ++k) member(v, m + k)[i] += j[r * n_columns + i] * residual[r][k];
+    template <int M> void add(int64_t row, int64_t m, const T (&residual)[3][M]) {
+        for_each_block(row,
+            [&](const T* values, int64_t at) {
+                for (int c = 0; c < KEPT_WIDTH; c += W) {
+                    V y[3];
+                    for (int r = 0; r < 3; ++r) y[r] = S::load(values + r * KEPT_WIDTH + c);
+                    for (int k = 0; k < M; ++k) {
+                        T* to = member(v, m + k) + at + c;
+                        S::store(to, S::load(to) + y[0] * residual[0][k] + y[1] * residual[1][k] + y[2] * residual[2][k]);
+                    }
+                }
+            },
+            [&](T value, int r, int64_t i) {
+                for (int k = 0; k < M; ++k) member(v, m + k)[i] += value * residual[r][k];
+            });
     }
 };
 

@@ -17,11 +17,19 @@ struct LayersJob {
     void* gradient;                   // shaped like the parameters; added to
 };
 
+// A matrix in blocks of 3 x KEPT_WIDTH, those that are zero left out; what is beyond its last column is not read.
+struct KeptJacobian {
+    const void* values;               // (n_blocks, 3, KEPT_WIDTH)
+    const int32_t* at;                // (n_blocks,), first column of each
+    const int64_t* row;               // blocks of rows 3 i .. 3 i + 2 are row[i] .. row[i + 1]
+};
+constexpr int KEPT_WIDTH = 16;
+
 // Structures with Jacobians (3 n + 6, n length) of forces and virial by g, n being the number of their atoms.
 struct ResponseJob {
     int64_t n_members, length, n_atoms, n_structures;
     const int64_t* first;             // (n_structures + 1,), first atom of each
-    const void* const* jacobians;
+    const KeptJacobian* jacobians;
     const void* const* targets;       // (3 n + 6,) each, not a number where there is none
     const void* scale;                // (n_members, n_structures)
     double force_scale, virial_scale, cap;
