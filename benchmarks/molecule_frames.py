@@ -2,20 +2,22 @@
 
     python benchmarks/molecule_frames.py configs/chno-small.toml frames.h5 --rounds 2 --n-heavy 1 3
 
-`smelt build` draws molecules at random; here each has the same number of frames. With --further FILE, larger molecules
-of a list are added, unless they share a formula or a ring scaffold with the molecules set aside for tests.
+`smelt build` draws molecules at random; here each has the same number of frames. With --further FILE ... they are of
+larger molecules, those of these lists. Of the first list the campaign's rule sets a part aside for tests, which --test
+takes; the others are those that share neither a formula nor a ring scaffold with them or with the campaign's tests.
 """
 
 from __future__ import annotations
 
 import argparse
+import random
 import sys
 from pathlib import Path
 
 from campaign.config import load_campaign
 from sampler.config import MoleculeSettings
 from sampler.geometries import molecule_frame
-from sampler.molecules import EmbeddingError, Molecule, parse_molecule, read_library
+from sampler.molecules import EmbeddingError, Molecule, parse_molecule, read_library, split
 from sampler.streams import derive_seed
 from shards.writer import write_frames
 
@@ -28,16 +30,17 @@ def main() -> int:
     parser.add_argument("--n-heavy", type=int, nargs=2, default=(0, 100), metavar=("LEAST", "MOST"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--test", action="store_true", help="of the molecules that the campaign never samples")
-    parser.add_argument("--further", type=Path, help="SMILES, one a line, of molecules larger than the campaign's")
+    parser.add_argument("--further", type=Path, nargs="+", help="SMILES, one a line; smaller molecules are left out")
+    parser.add_argument("--count", type=int, help="so many of these molecules, drawn at random")
     options = parser.parse_args()
     config = load_campaign(options.config)
     elements, settings = config.campaign.elements, config.builder.molecules
     part = settings.model_copy(update={"part": "test" if options.test else "train"})
+    library = _further(options, elements, settings) if options.further else read_library(elements, part)
     least, most = options.n_heavy
-    library = [molecule for molecule in read_library(elements, part) if least <= molecule.n_heavy <= most]
-    if options.further:
-        test = read_library(elements, settings.model_copy(update={"part": "test"}))
-        library += _apart(options.further, settings, test)
+    library = [molecule for molecule in library if least <= molecule.n_heavy <= most]
+    if options.count:
+        library = random.Random(options.seed).sample(library, options.count)
     frames = []
     for index, molecule in enumerate(library * options.rounds):
         try:
@@ -49,10 +52,16 @@ def main() -> int:
     return 0
 
 
-def _apart(path: Path, settings: MoleculeSettings, test: tuple[Molecule, ...]) -> list[Molecule]:
-    formulas, scaffolds = ({getattr(each, name) for each in test} for name in ("formula", "scaffold"))
-    found = (parse_molecule(smiles, str(path)) for smiles in path.read_text().split())
-    larger = (each for each in found if each.n_heavy > settings.n_heavy[1])
+def _further(options: argparse.Namespace, elements: tuple[str, ...], settings: MoleculeSettings) -> list[Molecule]:
+    """Larger molecules that are set aside, or those that are apart from all that are."""
+    lists = [{parse_molecule(smiles, str(path)) for smiles in path.read_text().split()} for path in options.further]
+    _, aside = split(lists[0], settings.test_fraction)
+    aside = [molecule for molecule in aside if molecule.n_heavy > settings.n_heavy[1]]
+    if options.test:
+        return aside
+    tests = [*aside, *read_library(elements, settings.model_copy(update={"part": "test"}))]
+    formulas, scaffolds = ({getattr(each, name) for each in tests} for name in ("formula", "scaffold"))
+    larger = {molecule for each in lists for molecule in each if molecule.n_heavy > settings.n_heavy[1]}
     return sorted(each for each in larger if each.formula not in formulas and each.scaffold not in scaffolds - {""})
 
 

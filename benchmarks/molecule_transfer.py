@@ -45,7 +45,7 @@ TESTS = {
     "known": "other geometries of known molecules",
 }
 # Thousands of cheap labels want fewer epochs than hundreds of dear ones.
-MANY_LABELS = {"batch": 64, "patience": 4, "max_epochs": 60}
+MANY_LABELS = {"batch": 64, "patience": 6, "max_epochs": 80}
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,9 @@ def main() -> int:
         frames = list(tests[name]["cc"].frames.values())
         _print(TESTS[name], frames, rows)
         larger = [index for index, frame in enumerate(frames) if (frame.numbers > 1).sum() >= 3]
+        if (step := next(each for each in STEPS if each.name == SURE)) in steps:
+            sure = [_surest_half(models[step, seed], frames) for seed in options.seeds]
+            _print("of these, the half that the transferred committee is surest of", frames, rows, sure)
         if name == "test":
             of_larger = {title: [off[larger] for off in by_seed] for title, by_seed in rows.items()}
             _print("of these, with three or more heavy atoms", [frames[index] for index in larger], of_larger)
@@ -194,12 +197,29 @@ def _energies(model: Path, frames: list[Frame]) -> Floats:
     return np.asarray(committee.evaluate(structures, forces="none").energy.numpy())
 
 
-def _print(what: str, frames: list[Frame], rows: dict[str, list[Floats]]) -> None:
+def _surest_half(model: Path, frames: list[Frame]) -> NDArray[np.int64]:
+    """Where the members differ least in energy, by the square root of the number of atoms, as walkers are judged."""
+    committee = load_committee(model)
+    evaluation = committee.evaluate(Structures.from_frames(frames, committee.elements, torch.float64), forces="none")
+    spread = evaluation.energy_spread().numpy() / np.sqrt([len(frame.numbers) for frame in frames])
+    return np.sort(np.argsort(spread)[: len(frames) // 2])
+
+
+def _print(
+    what: str, frames: list[Frame], rows: dict[str, list[Floats]], chosen: list[NDArray[np.int64]] | None = None
+) -> None:
+    """chosen: which frames, by seed."""
     formulas = [_formula(frame) for frame in frames]
-    print(f"\n{what}: {len(frames)} frames of {len(set(formulas))} formulas, kcal/mol")
+    size = f"{len(frames)} frames of {len(set(formulas))} formulas" if chosen is None else f"{len(chosen[0])} frames"
+    print(f"\n{what}: {size}, kcal/mol")
     print(f"{'':44} total energies RMSE, MAE         differences within a formula RMSE, MAE")
     for title, by_seed in rows.items():
-        figures = np.array([_summary(off, formulas) for off in by_seed])
+        parts = chosen or [np.arange(len(frames))] * len(by_seed)
+        # What a level itself says has no seed: it is shown for the choice of every seed.
+        each_seed = by_seed * len(parts) if len(by_seed) < len(parts) else by_seed
+        figures = np.array(
+            [_summary(off[part], [formulas[i] for i in part]) for off, part in zip(each_seed, parts, strict=True)]
+        )
         means, spreads = figures.mean(axis=0), figures.std(axis=0, ddof=1 if len(figures) > 1 else 0)
         cells = [f"{mean:6.2f} +- {spread:4.2f}" for mean, spread in zip(means, spreads, strict=True)]
         print(f"{title:44} {'  '.join(cells)}")
@@ -243,6 +263,7 @@ def _n_heavy(formula: str) -> int:
     return sum(int(count or 1) for _, count in re.findall(r"([CNO])(\d*)", formula))
 
 
+SURE = "transferred"
 SHOWN = ("parent", "transferred", "scratch")
 
 
