@@ -45,7 +45,7 @@ TESTS = {
     "known": "other geometries of known molecules",
 }
 # Thousands of cheap labels want fewer epochs than hundreds of dear ones.
-MANY_LABELS = {"batch": 64, "patience": 6, "max_epochs": 80}
+MANY_LABELS = {"batch": 64, "patience": 6, "max_epochs": 60}
 
 
 @dataclass(frozen=True)
