@@ -212,7 +212,7 @@ def _print(
     formulas = [_formula(frame) for frame in frames]
     size = f"{len(frames)} frames of {len(set(formulas))} formulas" if chosen is None else f"{len(chosen[0])} frames"
     print(f"\n{what}: {size}, kcal/mol")
-    print(f"{'':44} total energies RMSE, MAE         differences within a formula RMSE, MAE")
+    print(f"{'':44} total energies RMSE, MAE, median of errors        differences within a formula, the same")
     for title, by_seed in rows.items():
         parts = chosen or [np.arange(len(frames))] * len(by_seed)
         # What a level itself says has no seed: it is shown for the choice of every seed.
@@ -226,11 +226,12 @@ def _print(
 
 
 def _summary(off: Floats, formulas: list[str]) -> list[float]:
-    """RMSE and MAE of all, then of what is left when the mean of each formula is taken off."""
+    """RMSE, MAE and median error of all, then of what is left when the mean of each formula is taken off."""
     groups = [np.flatnonzero(np.array(formulas) == formula) for formula in sorted(set(formulas))]
     several = [off[rows] - off[rows].mean() for rows in groups if len(rows) > 1]
     within = np.concatenate(several or [np.array([np.nan])])
-    return [float(figure) for each in (off, within) for figure in (np.sqrt((each**2).mean()), np.abs(each).mean())]
+    sizes = np.abs(off), np.abs(within)
+    return [float(figure) for each in sizes for figure in (np.sqrt((each**2).mean()), each.mean(), np.median(each))]
 
 
 def _plot(tables: dict[str, dict[str, Any]], path: Path) -> None:
