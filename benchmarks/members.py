@@ -22,6 +22,7 @@ from benchmarks.cases import ORGANIC, aluminium, crystal, molecule, organic
 from benchmarks.harness import interleave, settle
 from potential.committee import Committee
 from shards import Frame, Label, Level, write_labels
+from shards.ranks import mpi_folder
 from trainer.config import TrainerSettings
 from trainer.dataset import Dataset, load_dataset
 from trainer.fit import step_gradient
@@ -47,7 +48,7 @@ def main() -> None:
         compare(f"64 molecules of 20 atoms, {way}", molecules, organic, ORGANIC, way)
     sizes = [N_MEMBERS * Networks.of(make(1)).n_parameters for make in (aluminium, organic)]
     launcher = [word.format(ranks=N_RANKS) for word in DEFAULT_LAUNCHER]
-    with tempfile.TemporaryDirectory(prefix="smelt-", dir="/tmp") as scratch:
+    with mpi_folder() as scratch:
         environment = rank_environment(os.environ, N_RANKS, DEFAULT_LAUNCHER, scratch)
         command = [*launcher, sys.executable, "-m", "benchmarks.members", *map(str, sizes)]
         subprocess.run(command, check=True, env=environment)

@@ -24,6 +24,7 @@ from ase.build import bulk
 from benchmarks.cases import aluminium
 from benchmarks.harness import Row, publish, settle
 from shards import Frame, Label, Level, write_labels
+from shards.ranks import mpi_folder
 from trainer.config import TrainerSettings
 from trainer.dataset import load_dataset
 from trainer.fit import step_gradient
@@ -75,7 +76,7 @@ def rank(n_ranks: int) -> None:
 def run(n_ranks: int) -> tuple[float, float]:
     """First quartiles of seconds per step: on the clock, of the CPU."""
     launcher = [word.format(ranks=n_ranks) for word in DEFAULT_LAUNCHER] if n_ranks > 1 else []
-    with tempfile.TemporaryDirectory(prefix="smelt-", dir="/tmp") as scratch:
+    with mpi_folder() as scratch:
         environment = rank_environment(os.environ, n_ranks, DEFAULT_LAUNCHER, scratch) | {"OMP_NUM_THREADS": "1"}
         command = [*launcher, sys.executable, "-m", "benchmarks.ranks", "--rank-of", str(n_ranks)]
         done = subprocess.run(command, check=True, env=environment, stdout=subprocess.PIPE, text=True)

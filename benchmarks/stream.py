@@ -14,7 +14,6 @@ import functools
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -25,6 +24,7 @@ import torch
 
 from benchmarks.cases import ORGANIC, molecule, organic
 from shards import Frame, Label, Level, Manifest, Receipt, write_labels
+from shards.ranks import mpi_folder
 from trainer.config import TrainerSettings
 from trainer.dataset import Dataset, fit_self_energies, load_dataset
 from trainer.fit import step_gradient
@@ -53,7 +53,7 @@ def main() -> None:
     if manifest.n_frames < given.conformers:
         write(manifest, given.conformers)
     launcher = [word.format(ranks=N_RANKS) for word in DEFAULT_LAUNCHER]
-    with tempfile.TemporaryDirectory(prefix="smelt-", dir="/tmp") as scratch:
+    with mpi_folder() as scratch:
         environment = rank_environment(os.environ, N_RANKS, DEFAULT_LAUNCHER, scratch)
         command = [*launcher, sys.executable, "-m", "benchmarks.stream", *sys.argv[1:], "--rank"]
         subprocess.run(command, check=True, env=environment)

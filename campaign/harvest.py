@@ -105,12 +105,12 @@ def reconcile(run_dir: Path, ledger: Ledger, level: str) -> None:
             path.unlink()
 
 
-def _relative(receipt: Receipt, run_dir: Path) -> dict[str, Any]:
-    path = Path(receipt.path).resolve().relative_to(run_dir.resolve())
-    return asdict(replace(receipt, path=path.as_posix()))
-
-
 def discard_unfinished(run_dir: Path) -> None:
     """Remove what workers that were killed had begun to write. To be called when none is at work."""
     for path in (run_dir / "labels").glob(f"*{PARTIAL_SUFFIX}"):
         path.unlink(missing_ok=True)
+
+
+def _relative(receipt: Receipt, run_dir: Path) -> dict[str, Any]:
+    path = Path(receipt.path).resolve().relative_to(run_dir.resolve())
+    return asdict(replace(receipt, path=path.as_posix()))

@@ -27,7 +27,7 @@ from labeler.process import Supervised, clean_environment
 from shards.frame import Frame
 from shards.label import Label, Level
 from shards.outcome import Clock, Failure, FailureClass, Outcome, Receipt
-from shards.ranks import MPI_FOLDER, launch_words, spans_nodes
+from shards.ranks import MPI_FOLDER, launch_words, mpi_folder, spans_nodes
 from shards.reader import ShardError, open_shard
 from shards.settings import SettingsError
 from shards.writer import write_labels
@@ -195,9 +195,9 @@ def _compute(
         n_before = len(tasks)
         write_job(root / "job.json", settings, tasks)
         with (
-            tempfile.TemporaryDirectory(prefix="smelt-", dir="/tmp") as mpi_folder,
+            mpi_folder() as sockets,
             Supervised(
-                _command(settings, root / "job.json"), {MPI_FOLDER: mpi_folder} | _environment(settings), root / LOG
+                _command(settings, root / "job.json"), {MPI_FOLDER: sockets} | _environment(settings), root / LOG
             ) as process,
         ):
             process.wait_for(tasks[0][1] / LOG, _START_LIMIT_S)  # imports are not on the frame's account

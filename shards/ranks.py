@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Mapping, Sequence
+from tempfile import TemporaryDirectory
 
-__all__ = ["MPI_FOLDER", "NODES", "launch_words", "own_nodes", "spans_nodes", "spread"]
+__all__ = ["MPI_FOLDER", "NODES", "launch_words", "mpi_folder", "own_nodes", "spans_nodes", "spread"]
 
 NODES = "SMELT_NODES"  # environment variable: nodes on which the workers of one manager start ranks, between blanks
 # Environment variable: where Open MPI keeps what an mpirun needs. By default all of a user on a host share a folder,
 # which one that ends removes while others start: each has to be given its own, by a short path (of sockets).
 MPI_FOLDER = "OMPI_MCA_orte_tmpdir_base"
 ACROSS = ("{hosts}", "{nodelist}", "{nodes}")
+
+
+def mpi_folder() -> TemporaryDirectory[str]:
+    """Make a folder to name in MPI_FOLDER; it is there as long as the context."""
+    return TemporaryDirectory(prefix="smelt-", dir="/tmp")
 
 
 def spans_nodes(launcher: tuple[str, ...]) -> bool:

@@ -7,12 +7,11 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from shards.ranks import MPI_FOLDER, launch_words
+from shards.ranks import MPI_FOLDER, launch_words, mpi_folder
 
 __all__ = ["DEFAULT_LAUNCHER", "HEARTBEAT", "rank_environment", "run_ranks"]
 
@@ -76,7 +75,7 @@ def run_ranks(
     prefix = launch_words(launcher, ranks, environment) if ranks > 1 else []
     polite = ["nice", "-n", str(nice)] if nice else []
     heartbeat.write_text("")
-    with tempfile.TemporaryDirectory(prefix="smelt-", dir="/tmp") as scratch, log.open("ab") as output:
+    with mpi_folder() as scratch, log.open("ab") as output:
         process = subprocess.Popen(
             [*polite, *prefix, sys.executable, *arguments],
             stdin=subprocess.DEVNULL,

@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 ATOMS_PER_BLOCK = 2048
 ATOMS_PER_BLOCK_GPU = 32_768
 BLOCKS_AHEAD = 4
-N_SAMPLED, N_DERIVED = 64, 4
+N_SAMPLED, N_DERIVED, MOST_DERIVED = 64, 4, 128  # structures whose sizes are measured; atoms of the last
 OBJECTS_BYTES = 4500  # of the Python objects of one Example, measured
 
 
@@ -152,11 +152,7 @@ class Problem:
         sample = np.unique(np.linspace(0, len(n_atoms) - 1, N_SAMPLED).astype(np.int64))
         examples = [example for part in self._cut(sample) for example in self._examples(part)]
         n_bytes = sum(OBJECTS_BYTES + example.target.nbytes + example.geometry.nbytes for example in examples)
-        # Few and small: a Jacobian grows with the square of the atoms, and its share of zeros with the cell.
-        geometries = sorted((example.geometry for example in examples), key=lambda each: len(each.species))[:N_DERIVED]
-        kept = [with_jacobian(geometry, self._p).jacobian for geometry in geometries]
-        n_numbers = jacobian_numbers(np.array([len(each.species) for each in geometries], dtype=np.int32), length)
-        per_number = sum(jacobian.nbytes for jacobian in kept if jacobian is not None) / max(1, n_numbers)
+        per_number = self._jacobian_bytes([example.geometry for example in examples])
         plan = make_plan(
             int(n_atoms[own].sum()) * n_bytes / max(1, int(n_atoms[sample].sum())) / 1e9,
             jacobian_numbers(n_atoms[own], length) * per_number / 1e9,
@@ -165,6 +161,17 @@ class Problem:
         )
         log.info("%d structures, %d atoms; on this rank %d: %s", len(n_atoms), n_atoms.sum(), len(own), plan.reason)
         return plan
+
+    def _jacobian_bytes(self, geometries: Sequence[Geometry]) -> float:
+        """Measure what one number of a Jacobian takes: less than its own size where zeros are left out."""
+        # Of few and small structures, one at a time: a Jacobian grows with the square of the atoms.
+        small = [each for each in geometries if len(each.species) <= MOST_DERIVED]
+        small = sorted(small, key=lambda each: len(each.species))[:N_DERIVED]
+        if not small:
+            return float(getattr(torch, self.settings.dtype).itemsize)
+        kept = (with_jacobian(each, self._p).jacobian for each in small)
+        n_numbers = jacobian_numbers(np.array([len(each.species) for each in small], dtype=np.int32), self._p.length)
+        return sum(each.nbytes for each in kept if each is not None) / n_numbers
 
     def _keep(self, own: NDArray[np.int64]) -> None:
         start, kept = time.perf_counter(), {}

@@ -88,6 +88,14 @@ def _vector(start, step, mask):
 
 
 @triton.jit
+def _slot(real, n_pairs, slot, mask):
+    """Direction (3), length, fc and its derivative, zero where masked."""
+    x, y, z = _vector(real + slot, n_pairs, mask)
+    length, fc, dfc = _vector(real + 3 * n_pairs + slot, n_pairs, mask)
+    return x, y, z, length, fc, dfc
+
+
+@triton.jit
 def pair_vectors(row, other, shift, frame_of_atom, positions, cell, out, BLOCK: tl.constexpr):
     """Write the vectors of the pairs of one atom: differences in the precision of positions and cell."""
     atom = tl.program_id(0).to(tl.int64)
@@ -278,6 +286,44 @@ def _neighbours(triple, n_right, same):
 
 
 @triton.jit
+def _species_pair(left, right, SPECIES: tl.constexpr):
+    """Which pair of species, left <= right, among those of the angular part."""
+    return left * SPECIES - left * (left - 1) // 2 + right - left
+
+
+@triton.jit
+def _add_bins(
+    sums,
+    mean,
+    bends,
+    slopes,
+    weight,
+    by_mean,
+    by_cosine,
+    ETA: tl.constexpr,
+    SHIFTS: tl.constexpr,
+    N_ANGLES: tl.constexpr,
+    PUSH: tl.constexpr,
+):
+    """Sums of every bin, with the features of a block of triples added; where PUSH, with their changes.
+
+    by_mean: weights of the features' slopes by mean / -2 ETA; by_cosine: of those by cosine.
+    """
+    summed = ()
+    for shift in tl.static_range(len(SHIFTS)):
+        gaussian = _gaussian(mean, SHIFTS[shift], ETA)
+        weighted = gaussian * weight
+        if PUSH:
+            weighted += gaussian * by_mean * (mean - SHIFTS[shift])
+        for angle in tl.static_range(N_ANGLES):
+            change = weighted * bends[angle]
+            if PUSH:
+                change += gaussian * by_cosine * slopes[angle]
+            summed = summed + (sums[shift * N_ANGLES + angle] + change,)  # noqa: RUF005
+    return summed
+
+
+@triton.jit
 def _change(tangent, pair, x, y, z, length, other_x, other_y, other_z, cosine, counted):
     """Change of a pair's length, and of the cosine of its angle with another direction, along a tangent."""
     push_x, push_y, push_z = _vector(tangent + 3 * tl.load(pair, mask=counted, other=0), 1, counted)
@@ -325,10 +371,8 @@ def angular_sums(
             counted = triple < n_triples
             j, k = _neighbours(triple, n_right, left == right)
             j, k = first_left + j, first_right + k
-            jx, jy, jz = _vector(real + j, n_pairs, counted)
-            kx, ky, kz = _vector(real + k, n_pairs, counted)
-            j_length, j_fc, j_dfc = _vector(real + 3 * n_pairs + j, n_pairs, counted)
-            k_length, k_fc, k_dfc = _vector(real + 3 * n_pairs + k, n_pairs, counted)
+            jx, jy, jz, j_length, j_fc, j_dfc = _slot(real, n_pairs, j, counted)
+            kx, ky, kz, k_length, k_fc, k_dfc = _slot(real, n_pairs, k, counted)
             mean = 0.5 * (j_length + k_length)
             cosine = _dot(jx, jy, jz, kx, ky, kz)
             bends, slopes = _bends(cosine * SCALE, ZETA, COSINES, SINES, EPS)
@@ -340,21 +384,9 @@ def angular_sums(
                 by_cosine = (j_turn + k_turn) * weight
                 by_mean = (j_stretch + k_stretch) * weight * -ETA
                 weight = 2 * (j_dfc * j_stretch * k_fc + j_fc * k_dfc * k_stretch)
-            summed = ()
-            for shift in tl.static_range(len(SHIFTS)):
-                gaussian = _gaussian(mean, SHIFTS[shift], ETA)
-                weighted = gaussian * weight
-                if PUSH:
-                    weighted += gaussian * by_mean * (mean - SHIFTS[shift])
-                for angle in tl.static_range(len(COSINES)):
-                    change = weighted * bends[angle]
-                    if PUSH:
-                        change += gaussian * by_cosine * slopes[angle]
-                    summed = summed + (sums[shift * len(COSINES) + angle] + change,)  # noqa: RUF005
-            sums = summed
-        species_pair = left * SPECIES - left * (left - 1) // 2 + right - left
+            sums = _add_bins(sums, mean, bends, slopes, weight, by_mean, by_cosine, ETA, SHIFTS, len(COSINES), PUSH)
         place = out + (item * tl.num_programs(0) + atom) * LENGTH + N_RADIAL
-        place += species_pair * (len(SHIFTS) * len(COSINES))
+        place += _species_pair(left, right, SPECIES) * (len(SHIFTS) * len(COSINES))
         for number in tl.static_range(len(SHIFTS) * len(COSINES)):
             tl.store(place + number, tl.sum(sums[number], 0))
 
@@ -407,8 +439,7 @@ def angular_vjp(
         pair = tl.load(whole + slot, mask=listed, other=0)
         atom = tl.load(whole + n_pairs + slot, mask=listed, other=0)
         species = tl.load(whole + 2 * n_pairs + slot, mask=listed, other=0)
-        x, y, z = _vector(real + slot, n_pairs, listed)
-        length, fc, dfc = _vector(real + 3 * n_pairs + slot, n_pairs, listed)
+        x, y, z, length, fc, dfc = _slot(real, n_pairs, slot, listed)
         low = tl.load(bounds + atom * SPECIES, mask=listed, other=0)
         high = tl.load(bounds + atom * SPECIES + SPECIES, mask=listed, other=0)
         weights = cotangent + (item * n_atoms + atom) * LENGTH + N_RADIAL
@@ -418,11 +449,9 @@ def angular_vjp(
             k = low + step
             counted = (k < high) & (k != slot)
             other = tl.load(whole + 2 * n_pairs + k, mask=counted, other=0)
-            left, right = tl.minimum(species, other), tl.maximum(species, other)
-            species_pair = left * SPECIES - left * (left - 1) // 2 + right - left
+            species_pair = _species_pair(tl.minimum(species, other), tl.maximum(species, other), SPECIES)
             weight = weights + species_pair * (len(SHIFTS) * len(COSINES))
-            kx, ky, kz = _vector(real + k, n_pairs, counted)
-            k_length, k_fc, _k_dfc = _vector(real + 3 * n_pairs + k, n_pairs, counted)
+            kx, ky, kz, k_length, k_fc, _k_dfc = _slot(real, n_pairs, k, counted)
             mean = 0.5 * (length + k_length)
             bends, slopes = _bends(_dot(x, y, z, kx, ky, kz) * SCALE, ZETA, COSINES, SINES, EPS)
             by_fc, by_mean, by_cosine = _sum_bins(weight, mean, bends, slopes, ETA, SHIFTS, len(COSINES))
