@@ -7,6 +7,7 @@ reads it there. Another file says where and since when the task is at work.
 from __future__ import annotations
 
 import functools
+import gc
 import importlib
 import json
 import os
@@ -16,6 +17,7 @@ import time
 import traceback
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import psutil
@@ -111,7 +113,7 @@ def _run(call: Call, scratch: Path) -> Outcome:
     module, _, name = call.function.partition(":")
     try:
         bounds = {"deadline": float(os.environ.get(BLOCK_END, "inf"))} if call.bounded else {}
-        outcome = getattr(importlib.import_module(module), name)(**call.arguments, **bounds)
+        outcome = getattr(_import(module), name)(**call.arguments, **bounds)
         assert isinstance(outcome, Outcome), f"{call.function} returned {type(outcome).__name__}, not an Outcome"
         return outcome
     except Exception as error:
@@ -119,6 +121,16 @@ def _run(call: Call, scratch: Path) -> Outcome:
         log.write_text(traceback.format_exc())
         message = f"{type(error).__name__}: {error}".splitlines()[0]
         return Outcome(name, clock.timing(), failure=Failure(FailureClass.CRASH, message, str(log)))
+
+
+def _import(name: str) -> ModuleType:
+    """What is imported stays: to look through it for garbage takes a fifth of the time."""
+    gc.disable()
+    try:
+        return importlib.import_module(name)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def _publish(table: dict[str, Any], path: Path) -> None:

@@ -1,5 +1,7 @@
 """In which order do the files of tests run? The longest first, so that none is begun when the others end."""
 
+import gc
+
 LONGEST = (
     "slurm/test_jobs.py",
     "workflow/test_campaign_kill.py",
@@ -19,3 +21,12 @@ def pytest_collection_modifyitems(items):
         return next((number for number, name in enumerate(LONGEST) if path.endswith(name)), len(LONGEST))
 
     items.sort(key=place)
+
+
+# What is imported for all tests stays until the end: to look through it for garbage takes seconds in every process.
+gc.disable()
+
+
+def pytest_collection_finish():
+    gc.freeze()
+    gc.enable()

@@ -24,6 +24,7 @@ from trainer.config import TrainerSettings
 from trainer.stage import evaluate, train
 
 QUICK = {"ranks": 1, "steps_per_epoch": 8, "max_epochs": 3, "learning_rate": 3e-3}
+WHOLE = {"ranks": 2, "max_epochs": 40, "checkpoint_every_s": 0.0, "jacobian_memory_GB": 0.0}  # cut or not
 
 
 def _train(manifest: Path, dest: Path, elements=("Al",), start=None, **settings) -> Outcome:
@@ -75,16 +76,6 @@ def test_errors_of_evaluate_equal_those_of_the_calculator(trained, labels):
     assert facts["stress_rmse_eV_per_A3"] == pytest.approx(np.sqrt(np.mean(np.square(stress))), abs=1e-6)
 
 
-def test_streamed_training_gives_the_same_weights_bit_by_bit(labels, tmp_path):
-    weights = {}
-    for name, share in (("resident", 0.5), ("streamed", 0.0)):
-        outcome = _train(labels, tmp_path / name, ranks=2, memory_share=share, jacobian_memory_GB=0.0)
-        assert outcome.failure is None, (tmp_path / name / "train.log").read_text()
-        weights[name] = load_file(tmp_path / name / "model.safetensors")
-    assert all(torch.equal(weights["resident"][key], weights["streamed"][key]) for key in weights["resident"])
-    assert " 0 GB allowed: streamed from the shards" in (tmp_path / "streamed" / "train.log").read_text()
-
-
 def test_a_finished_training_is_handed_back_and_not_repeated(trained, labels):
     dest, outcome = trained
     before = (dest / "model.safetensors").stat().st_mtime_ns
@@ -133,25 +124,41 @@ def _wait_for_epochs(dest: Path, n: int) -> None:
         time.sleep(0.02)
 
 
+@pytest.fixture(scope="module")
+def whole(labels, tmp_path_factory) -> Path:
+    dest = tmp_path_factory.mktemp("whole")
+    outcome = _train(labels, dest, **WHOLE)
+    assert outcome.failure is None, (dest / "train.log").read_text()
+    return dest
+
+
+def _assert_bitwise_equal(one: Path, other: Path) -> None:
+    first, second = (load_file(folder / "model.safetensors") for folder in (one, other))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_streamed_training_gives_the_same_weights_bit_by_bit(whole, labels, tmp_path):
+    outcome = _train(labels, tmp_path, **WHOLE | {"memory_share": 0.0})
+    assert outcome.failure is None, (tmp_path / "train.log").read_text()
+    assert " 0 GB allowed: streamed from the shards" in (tmp_path / "train.log").read_text()
+    _assert_bitwise_equal(whole, tmp_path)
+
+
 def test_a_rank_killed_with_sigkill_is_a_failure_and_the_resumed_training_ends_bitwise_as_if_it_had_not_been(
-    labels, tmp_path
+    whole, labels, tmp_path
 ):
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    limits = {"ranks": 2, "max_epochs": 40, "checkpoint_every_s": 0.0}
-    _train(labels, whole, **limits)
     with ThreadPoolExecutor(1) as pool:
-        first = pool.submit(_train, labels, cut, **limits)
-        _wait_for_epochs(cut, 3)
-        os.kill(max(_ranks_of(cut)), signal.SIGKILL)
+        first = pool.submit(_train, labels, tmp_path, **WHOLE)
+        _wait_for_epochs(tmp_path, 3)
+        os.kill(max(_ranks_of(tmp_path)), signal.SIGKILL)
     assert first.result().failure.kind in (FailureClass.MEMORY, FailureClass.CRASH)
-    assert not (cut / "model.safetensors").exists()
-    assert _ranks_of(cut) == []
-    outcome = _train(labels, cut, **limits)
-    assert outcome.failure is None, (cut / "train.log").read_text()
-    assert "resumed after epoch" in (cut / "train.log").read_text()
-    one, two = (load_file(folder / "model.safetensors") for folder in (whole, cut))
-    assert all(torch.equal(one[name], two[name]) for name in one)
-    assert [row["epoch"] for row in _metrics(cut)] == list(range(40))
+    assert not (tmp_path / "model.safetensors").exists()
+    assert _ranks_of(tmp_path) == []
+    outcome = _train(labels, tmp_path, **WHOLE)
+    assert outcome.failure is None, (tmp_path / "train.log").read_text()
+    assert "resumed after epoch" in (tmp_path / "train.log").read_text()
+    _assert_bitwise_equal(whole, tmp_path)
+    assert [row["epoch"] for row in _metrics(tmp_path)] == list(range(40))
 
 
 RUN = """
@@ -207,18 +214,6 @@ def test_labels_of_two_levels_are_refused_by_name(tmp_path):
     assert "labels of 2 levels of theory cannot be mixed" in failure.message
     assert "emt 1" in failure.message
     assert "emt 2" in failure.message
-
-
-def test_a_foreign_element_is_refused_by_name(labels, tmp_path):
-    failure = _train(labels, tmp_path, elements=("Cu",)).failure
-    assert failure.kind is FailureClass.BAD_LABEL
-    assert "holds Al; the committee is for Cu" in failure.message
-
-
-def test_no_labels_are_refused(tmp_path):
-    failure = _train(tmp_path / "manifest.jsonl", tmp_path / "model").failure
-    assert failure.kind is FailureClass.BAD_LABEL
-    assert "no labeled frames" in failure.message
 
 
 def test_a_diverging_loss_is_reported_with_its_epoch(tmp_path):

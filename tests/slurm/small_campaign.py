@@ -69,8 +69,6 @@ engine = "counting_calculator.CountingEMT"
 environment = { COUNT_FILE = "COUNT" }
 """
 )
-# Two seconds for a label: what happens to a campaign meets some on the way.
-SLOW = EMT.replace("COUNT_FILE", 'COUNT_NAP_S = "2", COUNT_FILE')
 GPAW = LOOP.format(max_labels=11, retrain_after=2, max_generations=2, n_atoms=[1, 2], labels_per_task=4) + (
     """
 [labeler.gpaw]
@@ -115,6 +113,11 @@ class Campaign:
                 driver.kill()
                 driver.wait()
         return driver.returncode, log.read_text()
+
+    def allow(self, n_labels: int) -> None:
+        """Of so many more labels; without it all are."""
+        with self._count.with_suffix(".pace").open("a") as file:
+            file.write("x" * n_labels)
 
     def look_for_ranks(self) -> None:
         for process in psutil.process_iter():

@@ -72,3 +72,11 @@ def test_a_shard_that_is_not_read_ahead_says_the_same(tmp_path):
 def test_shards_without_a_label_are_no_dataset(tmp_path):
     with pytest.raises(DatasetError, match="no labeled frames to train on"):
         load_dataset(_write(tmp_path, [], []), ELEMENTS, verify=True)
+    with pytest.raises(DatasetError, match="no labeled frames to train on"):
+        load_dataset([], ELEMENTS, verify=True)
+
+
+def test_a_foreign_element_is_refused_by_name(tmp_path):
+    receipts = _write(tmp_path, [(Frame(np.array([1, 9]), np.eye(3)[:2]), Label(0.0, np.zeros((2, 3))))])
+    with pytest.raises(DatasetError, match=r"0\.h5: frame \w+ holds F; the committee is for H, C, O"):
+        load_dataset(receipts, ELEMENTS, verify=True)

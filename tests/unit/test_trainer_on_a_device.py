@@ -15,13 +15,13 @@ from potential.committee import Committee
 from potential.config import PotentialSettings
 from potential.kernels import gpu
 from shards import Frame, Label, Level, write_labels
-from trainer.__main__ import choose_device
 from trainer.config import TrainerSettings
 from trainer.dataset import load_dataset
 from trainer.fit import step_gradient
 from trainer.networks import Networks
 from trainer.optimiser import Adam
 from trainer.problem import Problem
+from trainer.rank import choose_device
 
 N_MEMBERS = 2
 
