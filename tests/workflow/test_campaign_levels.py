@@ -27,8 +27,8 @@ pytestmark = pytest.mark.skipif(
 
 TBLITE = "tblite.ase.TBLite"
 TABLE: dict[str, Any] = {
-    "campaign": {"name": "levels", "elements": ["H", "C", "O"], "seed": 3, "n_bootstrap": 20, "holdout_fraction": 0.2,
-                 "labels_per_task": 10, "retrain_after": 6, "queue_target": 6, "labels_ahead": 12, "max_labels": 30,
+    "campaign": {"name": "levels", "elements": ["H", "C", "O"], "seed": 3, "n_bootstrap": 12, "holdout_fraction": 0.5,
+                 "labels_per_task": 10, "retrain_after": 8, "queue_target": 6, "labels_ahead": 12, "max_labels": 24,
                  "max_generations": 20},
     "potential": {"radial_cutoff_A": 4.0, "angular_cutoff_A": 3.0, "first_shift_A": 0.8, "n_radial": 4,
                   "n_angular_radial": 2, "n_angular": 2, "hidden": [8, 8, 8], "n_members": 2},
@@ -39,7 +39,7 @@ TABLE: dict[str, Any] = {
     "trainer": {"ranks": 1, "batch": 8, "max_epochs": 4},
     "transfer": {"max_epochs": 4},
     "higher": {
-        "campaign": {"n_bootstrap": 10, "retrain_after": 5, "max_labels": 16, "max_generations": 20},
+        "campaign": {"n_bootstrap": 8, "retrain_after": 6, "max_labels": 14, "max_generations": 20},
         "labeler": {"arguments": {"method": "GFN2-xTB", "verbosity": 0}},
     },
 }  # fmt: skip
@@ -76,7 +76,7 @@ def labels(folder: Path, part: str) -> dict[str, str]:
 def test_higher_labels_are_of_frames_that_have_a_lower_one(run_dir: Path) -> None:
     lower, higher = labels(run_dir, "train") | labels(run_dir, "holdout"), run_dir / "higher"
     chosen = labels(higher, "train") | labels(higher, "holdout")
-    assert len(chosen) == 16
+    assert len(chosen) == 14
     assert set(chosen.values()) == {"GFN2-xTB"}
     assert set(lower.values()) == {"GFN1-xTB"}
     assert set(chosen) <= set(lower)
@@ -106,8 +106,8 @@ def test_status_shows_both_levels(run_dir: Path) -> None:
     assert "levels  finished" in page
     assert "levels-higher  finished" in page
     summary = json.loads(CliRunner().invoke(app, ["status", "--json", str(run_dir)]).output)
-    assert summary["labels"]["done"] == 30
-    assert summary["higher"]["labels"]["done"] == 16
+    assert summary["labels"]["done"] == 24
+    assert summary["higher"]["labels"]["done"] == 14
     assert summary["labels"]["by_level"] != summary["higher"]["labels"]["by_level"]
 
 
@@ -119,7 +119,7 @@ def test_campaign_that_has_ended_is_left_alone_and_goes_on_until_no_frame_is_lef
     assert run(run_dir, max_labels=1000).exit_code == 0
     state = read_state(run_dir / "higher")
     assert state.finished.startswith("nothing left to choose")
-    assert state.models[-1].n_labels == state.n_train > 16
+    assert state.models[-1].n_labels == state.n_train > 14
     held_out, below = labels(run_dir / "higher", "holdout"), labels(run_dir, "holdout")
     assert set(held_out) >= set(below) != set()
     assert not set(labels(run_dir / "higher", "train")) & set(below)
