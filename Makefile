@@ -16,9 +16,10 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 demo: setup
 	@$(BIN)/smelt run configs/aluminum-demo.toml
 
-# Files of tests run four at a time on two cores: tests/slurm, each with a cluster of its own, mostly wait.
+# Files of tests run four at a time on two cores: tests/slurm, each with a cluster of its own, mostly wait. What Python
+# compiles is kept, whatever the environment says: tests start hundreds of processes.
 test: lint slurm
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 4 --dist loadscope --no-loadscope-reorder
+	@OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 4 --dist loadscope --no-loadscope-reorder
 
 # The daemons that tests/slurm starts on loopback. Without root those tests are skipped and say what is missing.
 slurm:
