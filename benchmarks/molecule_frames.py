@@ -14,11 +14,17 @@ import random
 import sys
 from pathlib import Path
 
+import numpy as np
+import torch
+
 from campaign.config import load_campaign
+from potential.model_file import load_committee
+from potential.structures import Structures
 from sampler.config import MoleculeSettings
 from sampler.geometries import molecule_frame
 from sampler.molecules import EmbeddingError, Molecule, parse_molecule, read_library, split
 from sampler.streams import derive_seed
+from shards.frame import Frame
 from shards.writer import write_frames
 
 
@@ -32,6 +38,9 @@ def main() -> int:
     parser.add_argument("--test", action="store_true", help="of the molecules that the campaign never samples")
     parser.add_argument("--further", type=Path, nargs="+", help="SMILES, one a line; smaller molecules are left out")
     parser.add_argument("--count", type=int, help="so many of these molecules, drawn at random")
+    parser.add_argument(
+        "--uncertain", type=Path, nargs="+", help="models; only the quarter that they differ on most, in random order"
+    )
     options = parser.parse_args()
     config = load_campaign(options.config)
     elements, settings = config.campaign.elements, config.builder.molecules
@@ -47,6 +56,8 @@ def main() -> int:
             frames.append(molecule_frame([molecule], settings, derive_seed(options.seed, index)))
         except EmbeddingError as error:
             print(error, file=sys.stderr)
+    if options.uncertain:
+        frames = _most_uncertain(frames, options.uncertain, options.seed)
     write_frames(options.dest, frames)
     print(f"{len(frames)} frames of {len(library)} molecules, {len({each.formula for each in library})} formulas")
     return 0
@@ -63,6 +74,17 @@ def _further(options: argparse.Namespace, elements: tuple[str, ...], settings: M
     formulas, scaffolds = ({getattr(each, name) for each in tests} for name in ("formula", "scaffold"))
     larger = {molecule for each in lists for molecule in each if molecule.n_heavy > settings.n_heavy[1]}
     return sorted(each for each in larger if each.formula not in formulas and each.scaffold not in scaffolds - {""})
+
+
+def _most_uncertain(frames: list[Frame], models: list[Path], seed: int) -> list[Frame]:
+    """Where the members of all models differ most in energy, by the square root of the number of atoms."""
+    energies = []
+    for committee in map(load_committee, models):
+        structures = Structures.from_frames(frames, committee.elements, torch.float64)
+        energies.append(committee.evaluate(structures, forces="none").energy_members)
+    spread = torch.cat(energies).std(dim=0).numpy() / np.sqrt([frame.n_atoms for frame in frames])
+    chosen = np.argsort(-spread)[: len(frames) // 4]
+    return [frames[index] for index in np.random.default_rng(seed).permutation(chosen)]
 
 
 if __name__ == "__main__":

@@ -1,9 +1,14 @@
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 from ase import Atoms
 
+from potential.committee import Committee
+from potential.config import PotentialSettings
+from potential.model_file import save_committee
+from shards.frame import Frame
 from shards.reader import open_shard
 
 pytest.importorskip("rdkit")
@@ -39,6 +44,21 @@ def test_every_molecule_has_its_frames_and_further_ones_share_no_formula_with_th
     assert not set(tested) & set(trained)
     monkeypatch.setattr(molecule_frames, "read_library", _with_ethanol_set_aside)
     assert sorted(set(_built(monkeypatch, tmp_path, "--further", str(tmp_path / "further.smi")))) == ["C2H7N", "C3H8"]
+
+
+def test_frames_can_be_those_on_which_all_models_together_differ_most(tmp_path):
+    rng = np.random.default_rng(0)
+    frames = [Frame([8, 1, 1], rng.normal(size=(3, 3)) + np.eye(3) * 2) for _ in range(12)]
+    settings = PotentialSettings(n_radial=4, n_angular=2, n_angular_radial=2, hidden=(4,), n_members=2)
+    committees = [Committee.from_settings(settings, ["H", "O"], seed) for seed in (1, 2)]
+    models = [tmp_path / f"{each}.safetensors" for each in range(2)]
+    for committee, model in zip(committees, models, strict=True):
+        save_committee(committee, model, {})
+    chosen = molecule_frames._most_uncertain(frames, models, seed=0)
+    atoms = [Atoms(frame.numbers, frame.positions) for frame in frames]
+    members = [[each.calculator().get_property("energy_members", a) for a in atoms] for each in committees]
+    order = np.argsort(np.concatenate(members, axis=1).std(axis=1))
+    assert {frame.id for frame in chosen} == {frames[index].id for index in order[-3:]}
 
 
 def _with_ethanol_set_aside(elements, settings):

@@ -12,6 +12,9 @@ def test_a_formula_to_be_tested_on_is_refused_at_every_level():
     _refuse_known({"xtb": methane, "cc": methane}, water)
     with pytest.raises(SystemExit, match="xtb: holds H2O, which are to be tested on"):
         _refuse_known({"xtb": water, "cc": methane}, water)
+    _refuse_known({"dft-all": _labels([1, 8, 1])}, water)  # another frame
+    with pytest.raises(SystemExit, match="dft-all: holds 1 of the very frames to be tested on"):
+        _refuse_known({"dft-all": water}, water)
 
 
 def test_a_shift_by_composition_alone_is_taken_off_whole():
