@@ -35,7 +35,7 @@ from campaign.horizon import BLOCK_END, MARGIN_S
 from campaign.lease import MARKER, reap
 from campaign.scheduler import SchedulerError, blocks_of, cancel_blocks, steps_of
 from campaign.site import Pool, Site
-from campaign.worker import PIN
+from campaign.worker import GPUS, PIN
 from shards.outcome import FailureClass
 from shards.settings import SettingsError
 
@@ -182,7 +182,6 @@ class ParslPools:
             encrypted=True,
             max_workers_per_node=pool.slots // slurm.places if slurm else pool.slots,
             cores_per_worker=1e-6,
-            available_accelerators=slurm.gpus_per_node if slurm and slurm.workers == "node" else (),
             heartbeat_period=max(1, slurm.silence_s // 5) if slurm else 2,
             heartbeat_threshold=slurm.silence_s if slurm else 10,
             # The default handler fails all tasks for good when the first block fails.
@@ -266,7 +265,7 @@ def _prologue(pool: Pool, site: Site, run_dir: Path) -> str:
             *site.environment,
             *(slurm.environment if slurm else ()),
             f'export TMPDIR="{slurm.scratch}"' if slurm else "",
-            f"export {PIN}=1" if slurm and slurm.workers == "node" else "",
+            f"export {PIN}=1 {GPUS}={slurm.gpus_per_node}" if slurm and slurm.workers == "node" else "",
             f"export {MARKER}={shlex.quote(str(run_dir.resolve()))}",
             f"export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH",
             f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}",

@@ -54,7 +54,9 @@ class Slurm(Settings):
     cores_per_node: int = Field(default=0, ge=0)
     """Cores that are asked for on each node; 0 asks for none, as is right where whole nodes are given."""
     gpus_per_node: int = Field(default=0, ge=0)
-    """GPUs that are asked for on each node. Every worker of a node has one of its own; those of a block share all."""
+    """GPUs that are asked for on each node. Every worker of a node sees one of them; where there are more workers, the
+    same number shares each: NVIDIA's do so best with "nvidia-cuda-mps-control -d" among the shell lines. Workers of a
+    block see all."""
     exclusive: bool = True
     """Whole nodes, shared with no other job."""
     scheduler_options: tuple[Option, ...] = ()
@@ -185,10 +187,10 @@ def _contradictions(name: str, pool: Pool) -> list[str]:
             f"{name}.slurm.cores_per_node = {slurm.cores_per_node}: {n_workers} tasks with {name}.cores = {pool.cores}"
             f" need {n_workers * pool.cores}"
         )
-    elif slurm.workers == "node" and 0 < slurm.gpus_per_node < n_workers:
+    elif slurm.workers == "node" and 0 < slurm.gpus_per_node < n_workers and n_workers % slurm.gpus_per_node:
         faults.append(
             f"{name}.slurm.gpus_per_node = {slurm.gpus_per_node}: {name}.slots = {pool.slots} puts {n_workers} tasks on"
-            " a node; at most one per GPU"
+            " a node; must be the same number for each GPU, or at most one"
         )
     return faults
 

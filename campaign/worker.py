@@ -15,6 +15,7 @@ import socket
 import threading
 import time
 import traceback
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
@@ -28,10 +29,12 @@ from campaign.stop import stop_request
 from campaign.tasks import Call, run_dir_of
 from shards.outcome import Clock, Failure, FailureClass, Outcome
 
-__all__ = ["PIN", "Work", "forget_work", "has_begun", "perform", "read_outcome", "work_under_way"]
+__all__ = ["GPUS", "PIN", "Work", "forget_work", "has_begun", "one_gpu", "perform", "read_outcome", "work_under_way"]
 
 OUTCOME, WORK = "outcome.json", "work.json"
-PIN = "SMELT_PIN"  # variable of workers that have a node to themselves
+# Variables of workers that have a node to themselves: that they do, and how many GPUs they share.
+PIN, GPUS = "SMELT_PIN", "SMELT_GPUS"
+AMD_DRIVER = Path("/dev/kfd")
 WATCH_S = 1.0
 
 
@@ -97,15 +100,27 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 @functools.cache
 def _pin() -> None:
-    """Keep to this worker's part of its node's cores, with all that it starts.
+    """Keep to this worker's part of its node's cores, and to one of its GPUs, with all that it starts.
 
     MPI binds ranks to the first cores that it sees: those of two tasks would share them while others are idle.
     """
-    if os.environ.get(PIN) and "PARSL_WORKER_COUNT" in os.environ:
-        cores = sorted(os.sched_getaffinity(0))
-        each, rank = len(cores) // int(os.environ["PARSL_WORKER_COUNT"]), int(os.environ["PARSL_WORKER_RANK"])
-        if each:
-            os.sched_setaffinity(0, cores[rank * each : (rank + 1) * each])
+    if not os.environ.get(PIN) or "PARSL_WORKER_COUNT" not in os.environ:
+        return
+    n_workers, rank = int(os.environ["PARSL_WORKER_COUNT"]), int(os.environ["PARSL_WORKER_RANK"])
+    cores = sorted(os.sched_getaffinity(0))
+    if each := len(cores) // n_workers:
+        os.sched_setaffinity(0, cores[rank * each : (rank + 1) * each])
+    if n_gpus := int(os.environ.get(GPUS, 0)):
+        os.environ |= one_gpu(rank * n_gpus // max(n_gpus, n_workers), os.environ, amd=AMD_DRIVER.exists())
+
+
+def one_gpu(number: int, given: Mapping[str, str], *, amd: bool) -> dict[str, str]:
+    """Return the variables that leave a process one of the GPUs which the batch system has named in `given`, or has."""
+    name = "ROCR_VISIBLE_DEVICES" if amd else "CUDA_VISIBLE_DEVICES"
+    names = given[name].split(",") if given.get(name) else []
+    own = {name: names[number] if number < len(names) else str(number)}
+    # ROCm counts in these among what is left by the other.
+    return own | {"CUDA_VISIBLE_DEVICES": "0", "HIP_VISIBLE_DEVICES": "0"} if amd else own
 
 
 def _run(call: Call, scratch: Path) -> Outcome:

@@ -40,7 +40,7 @@ def test_every_site_of_this_repository_can_be_used(path: Path) -> None:
             r"label\.slots = 4: must be a multiple of label\.slurm's max_blocks = 3",
         ),
         (on_slurm(slurm={"cores_per_node": 7}, cores=2), r"label\.slurm\.cores_per_node = 7: 4 tasks .* need 8"),
-        (on_slurm(slurm={"gpus_per_node": 2}), r"label\.slurm\.gpus_per_node = 2: .* puts 4 tasks on a node"),
+        (on_slurm(slurm={"gpus_per_node": 3}), r"label\.slurm\.gpus_per_node = 3: .* puts 4 tasks on a node"),
         (on_slurm("train", {"nodes_per_block": 2, "workers": "block"}), r"train\.launcher: starts all ranks on one"),
         ({"name": "test", "label": {"slurm": {}}}, r"address: missing"),
     ],

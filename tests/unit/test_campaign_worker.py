@@ -13,7 +13,7 @@ import pytest
 
 from campaign.lease import Holder
 from campaign.tasks import Call
-from campaign.worker import PIN, perform, read_outcome
+from campaign.worker import GPUS, PIN, one_gpu, perform, read_outcome
 from shards.outcome import FailureClass, Outcome
 
 ROOT = Path(__file__).parents[2]
@@ -59,28 +59,60 @@ def test_exception_of_a_stage_is_a_failure_with_its_traceback_in_a_log(folder: P
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core cannot be shared out")
-def test_workers_of_a_node_keep_to_cores_of_their_own(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_workers_of_a_node_keep_to_cores_of_their_own_and_share_its_gpus(
+    folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     code = """
+import os
 from pathlib import Path
 from campaign.lease import Holder
 from campaign.tasks import Call
 from campaign.worker import perform
 for scratch in "12":
-    print(perform(Call("a_stage:cores", {}), Path(scratch), Holder.this_process())["facts"]["cores"])
+    cores = perform(Call("a_stage:cores", {}), Path(scratch), Holder.this_process())["facts"]["cores"]
+    print(os.environ["CUDA_VISIBLE_DEVICES"], cores)
 """
     everything = sorted(os.sched_getaffinity(0))
     half = len(everything) // 2
-    for rank, expected in enumerate((everything[:half], everything[half : 2 * half])):
-        worker = {PIN: "1", "PARSL_WORKER_COUNT": "2", "PARSL_WORKER_RANK": str(rank)}
+    for rank, n_workers, cores, gpu in (
+        (0, 2, everything[:half], "5"),
+        (1, 2, everything[half : 2 * half], "7"),
+        (2, 4, None, "7"),
+        (3, 4, None, "7"),
+        (1, 4, None, "5"),
+    ):
+        worker = {PIN: "1", GPUS: "2", "PARSL_WORKER_COUNT": str(n_workers), "PARSL_WORKER_RANK": str(rank)}
         paths = os.pathsep.join([str(ROOT), str(folder)])
         done = subprocess.run(
             [sys.executable, "-c", code],
             cwd=tmp_path_factory.mktemp("node"),
-            env=os.environ | worker | {"PYTHONPATH": paths},
+            env=os.environ | worker | {"PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": "5,7"},
             capture_output=True,
             text=True,
         )
-        assert done.stdout.splitlines() == [str(expected)] * 2, done.stderr
+        seen = {line.partition(" ")[::2] for line in done.stdout.splitlines()}
+        assert len(seen) == 1, done.stderr
+        seen_gpu, seen_cores = seen.pop()
+        assert seen_gpu == gpu
+        assert cores is None or seen_cores == str(cores)
+
+
+@pytest.mark.parametrize(
+    ("number", "given", "amd", "expected"),
+    [
+        (1, {}, False, {"CUDA_VISIBLE_DEVICES": "1"}),
+        (1, {"CUDA_VISIBLE_DEVICES": "4,6"}, False, {"CUDA_VISIBLE_DEVICES": "6"}),
+        (0, {"CUDA_VISIBLE_DEVICES": "GPU-a,GPU-b"}, False, {"CUDA_VISIBLE_DEVICES": "GPU-a"}),
+        (
+            1,
+            {"CUDA_VISIBLE_DEVICES": "2,3", "ROCR_VISIBLE_DEVICES": "2,3"},
+            True,
+            {"ROCR_VISIBLE_DEVICES": "3", "CUDA_VISIBLE_DEVICES": "0", "HIP_VISIBLE_DEVICES": "0"},
+        ),
+    ],
+)
+def test_a_worker_sees_one_of_the_gpus_that_the_batch_system_gave(number, given, amd, expected) -> None:
+    assert one_gpu(number, given, amd=amd) == expected
 
 
 def test_stage_that_is_not_there_is_a_failure(folder: Path) -> None:
