@@ -138,13 +138,15 @@ def _run(call: Call, scratch: Path) -> Outcome:
         return Outcome(name, clock.timing(), failure=Failure(FailureClass.CRASH, message, str(log)))
 
 
+@functools.cache
 def _import(name: str) -> ModuleType:
     """What is imported stays: to look through it for garbage takes a fifth of the time."""
     gc.disable()
     try:
-        return importlib.import_module(name)
-    finally:
+        module = importlib.import_module(name)
         gc.freeze()
+        return module
+    finally:
         gc.enable()
 
 
