@@ -69,7 +69,7 @@ STEPS = (
     Step("dft-transferred", "wB97X alone carried to CC, as above", "cc", "dft", freeze=True),
     Step("scratch", "trained on CC alone", "cc"),
     Step("informed", "parent that wB97X showed these molecules", "dft-all", "xtb"),
-    Step("informed-transferred", "the same carried to CC, as above", "cc", "informed", freeze=True),
+    Step("informed-transferred", "carried to CC, wB97X showed these molecules", "cc", "informed", freeze=True),
 )
 
 
@@ -114,6 +114,10 @@ def main() -> int:
         if name == "test":
             of_larger = {title: [off[larger] for off in by_seed] for title, by_seed in rows.items()}
             _print("of these, with three or more heavy atoms", [frames[index] for index in larger], of_larger)
+    if errors.keys() >= {"test", "larger"}:
+        both = [frame for name in ("test", "larger") for frame in tests[name]["cc"].frames.values()]
+        pairs = {title: zip(off, errors["larger"][title], strict=True) for title, off in errors["test"].items()}
+        _print("all unknown molecules", both, {title: [*map(np.concatenate, each)] for title, each in pairs.items()})
     table = {
         name: {"formulas": [_formula(frame) for frame in tests[name]["cc"].frames.values()]}
         | {title: np.asarray(off).tolist() for title, off in rows.items()}
@@ -255,8 +259,9 @@ def _plot(tables: dict[str, dict[str, Any]], path: Path) -> None:
         squares = [np.array(tables[name][title])[:, frames] ** 2 for name, frames in groups.values()]
         rmse = [np.sqrt(each.mean(axis=1)) for each in squares]
         means, spreads = [each.mean() for each in rmse], [each.std(ddof=min(1, len(each) - 1)) for each in rmse]
-        x = np.arange(len(rmse)) + (place - 1.5) / 5
-        axes.bar(x, means, 0.2, yerr=spreads, color="0.4" if place == 0 else f"C{place - 1}", label=title, capsize=2)
+        width = 1 / (len(titles) + 1)
+        x = np.arange(len(rmse)) + (place - (len(titles) - 1) / 2) * width
+        axes.bar(x, means, width, yerr=spreads, color="0.4" if place == 0 else f"C{place - 1}", label=title, capsize=2)
     axes.set_xticks(range(len(groups)), groups, rotation=30, ha="right")
     axes.set_yscale("log")
     axes.set_ylim(bottom=0.3)
@@ -270,7 +275,7 @@ def _n_heavy(formula: str) -> int:
 
 
 SURE = "transferred"
-SHOWN = ("parent", "transferred", "scratch")
+SHOWN = ("parent", "transferred", "scratch", "informed-transferred")
 
 
 def _formulas(labels: Labels) -> set[str]:
