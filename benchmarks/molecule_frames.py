@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from campaign.config import load_campaign
 from potential.model_file import load_committee
@@ -77,14 +78,17 @@ def _further(options: argparse.Namespace, elements: tuple[str, ...], settings: M
 
 
 def _most_uncertain(frames: list[Frame], models: list[Path], seed: int) -> list[Frame]:
-    """Where the members of all models differ most in energy, by the square root of the number of atoms."""
+    chosen = np.argsort(-uncertainty(frames, models))[: len(frames) // 4]
+    return [frames[index] for index in np.random.default_rng(seed).permutation(chosen)]
+
+
+def uncertainty(frames: list[Frame], models: list[Path]) -> NDArray[np.float64]:
+    """How much the members of all models differ in energy, by the square root of the number of atoms, as walkers do."""
     energies = []
     for committee in map(load_committee, models):
         structures = Structures.from_frames(frames, committee.elements, torch.float64)
         energies.append(committee.evaluate(structures, forces="none").energy_members)
-    spread = torch.cat(energies).std(dim=0).numpy() / np.sqrt([frame.n_atoms for frame in frames])
-    chosen = np.argsort(-spread)[: len(frames) // 4]
-    return [frames[index] for index in np.random.default_rng(seed).permutation(chosen)]
+    return np.asarray(torch.cat(energies).std(dim=0).numpy() / np.sqrt([frame.n_atoms for frame in frames]))
 
 
 if __name__ == "__main__":

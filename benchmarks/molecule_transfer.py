@@ -30,6 +30,7 @@ import torch
 from ase.data import chemical_symbols
 from numpy.typing import NDArray
 
+from benchmarks.molecule_frames import uncertainty
 from campaign.config import load_campaign
 from potential.model_file import load_committee
 from potential.structures import Structures
@@ -109,7 +110,8 @@ def main() -> int:
         _print(TESTS[name], frames, rows)
         larger = [index for index, frame in enumerate(frames) if (frame.numbers > 1).sum() >= 3]
         if (step := next(each for each in STEPS if each.name == SURE)) in steps:
-            sure = [_surest_half(models[step, seed], frames) for seed in options.seeds]
+            spreads = [uncertainty(frames, [models[step, seed]]) for seed in options.seeds]
+            sure = [np.sort(np.argsort(spread)[: len(frames) // 2]) for spread in spreads]
             _print("of these, the half that the transferred committee is surest of", frames, rows, sure)
         if name == "test":
             of_larger = {title: [off[larger] for off in by_seed] for title, by_seed in rows.items()}
@@ -141,10 +143,9 @@ def _read_test(labels: Path, name: str) -> dict[str, Labels]:
 
 def _refuse_known(data: dict[str, Labels], test: Labels) -> None:
     for level, labels in data.items():
-        if level == "dft-all" and (both := set(labels.frames) & set(test.frames)):
-            sys.exit(f"{level}: holds {len(both)} of the very frames to be tested on")
-        if level != "dft-all" and (both := _formulas(labels) & _formulas(test)):
-            sys.exit(f"{level}: holds {', '.join(sorted(both))}, which are to be tested on")
+        known = labels.frames.keys() & test.frames.keys() if level == "dft-all" else _formulas(labels) & _formulas(test)
+        if known:
+            sys.exit(f"{level}: holds {', '.join(sorted(known))}, which are to be tested on")
 
 
 def _possible(step: Step, data: dict[str, Labels]) -> bool:
@@ -204,14 +205,6 @@ def _energies(model: Path, frames: list[Frame]) -> Floats:
     committee = load_committee(model)
     structures = Structures.from_frames(frames, committee.elements, torch.float64)
     return np.asarray(committee.evaluate(structures, forces="none").energy.numpy())
-
-
-def _surest_half(model: Path, frames: list[Frame]) -> NDArray[np.int64]:
-    """Where the members differ least in energy, by the square root of the number of atoms, as walkers are judged."""
-    committee = load_committee(model)
-    evaluation = committee.evaluate(Structures.from_frames(frames, committee.elements, torch.float64), forces="none")
-    spread = evaluation.energy_spread().numpy() / np.sqrt([len(frame.numbers) for frame in frames])
-    return np.sort(np.argsort(spread)[: len(frames) // 2])
 
 
 def _print(

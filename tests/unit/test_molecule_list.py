@@ -54,11 +54,12 @@ def test_frames_can_be_those_on_which_all_models_together_differ_most(tmp_path):
     models = [tmp_path / f"{each}.safetensors" for each in range(2)]
     for committee, model in zip(committees, models, strict=True):
         save_committee(committee, model, {})
-    chosen = molecule_frames._most_uncertain(frames, models, seed=0)
     atoms = [Atoms(frame.numbers, frame.positions) for frame in frames]
     members = [[each.calculator().get_property("energy_members", a) for a in atoms] for each in committees]
-    order = np.argsort(np.concatenate(members, axis=1).std(axis=1))
-    assert {frame.id for frame in chosen} == {frames[index].id for index in order[-3:]}
+    spread = np.concatenate(members, axis=1).std(axis=1, ddof=1)
+    np.testing.assert_allclose(molecule_frames.uncertainty(frames, models), spread / np.sqrt(3), rtol=1e-3)
+    chosen = molecule_frames._most_uncertain(frames, models, seed=0)
+    assert {frame.id for frame in chosen} == {frames[index].id for index in np.argsort(spread)[-3:]}
 
 
 def _with_ethanol_set_aside(elements, settings):
