@@ -25,10 +25,10 @@ from shards import Frame, Label, Level, write_labels
 from shards.ranks import mpi_folder
 from trainer.config import TrainerSettings
 from trainer.dataset import Dataset, load_dataset
-from trainer.fit import step_gradient
 from trainer.launch import DEFAULT_LAUNCHER, rank_environment
 from trainer.networks import Networks
 from trainer.problem import Problem
+from trainer.step import step_gradient
 from trainer.world import join_world
 
 N_RANKS, N_MEMBERS, N_MESSAGES = 2, 8, 200

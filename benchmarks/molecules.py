@@ -22,10 +22,10 @@ from potential.structures import Structures
 from shards import Frame, Label, Level, write_labels
 from trainer.config import TrainerSettings
 from trainer.dataset import load_dataset
-from trainer.fit import step_gradient
 from trainer.networks import Networks
 from trainer.optimiser import Adam
 from trainer.problem import Problem
+from trainer.step import step_gradient
 
 EVALUATION, TRAINING = (5.0, 8.0), (10.0, 20.0)
 N_MOLECULES, N_TRAINED, FORCE_WEIGHT, RATE = 256, 64, 0.1, 1e-9

@@ -27,11 +27,11 @@ from shards import Frame, Label, Level, write_labels
 from shards.ranks import mpi_folder
 from trainer.config import TrainerSettings
 from trainer.dataset import load_dataset
-from trainer.fit import step_gradient
 from trainer.launch import DEFAULT_LAUNCHER, rank_environment
 from trainer.networks import Networks
 from trainer.optimiser import Adam
 from trainer.problem import Problem
+from trainer.step import step_gradient
 from trainer.world import join_world
 
 PER_RANK, N_STEPS = 32, 40

@@ -27,11 +27,11 @@ from shards import Frame, Label, Level, Manifest, Receipt, write_labels
 from shards.ranks import mpi_folder
 from trainer.config import TrainerSettings
 from trainer.dataset import Dataset, fit_self_energies, load_dataset
-from trainer.fit import step_gradient
 from trainer.launch import DEFAULT_LAUNCHER, rank_environment
 from trainer.networks import Networks
 from trainer.optimiser import Adam
 from trainer.problem import Problem
+from trainer.step import step_gradient
 from trainer.world import World, join_world
 
 PER_SHARD, N_MOLECULES, N_RANKS, N_MEMBERS, BATCH = 100_000, 400, 2, 4, 1280

@@ -22,10 +22,10 @@ from potential.structures import Structures
 from shards import Frame, Label, Level, write_labels
 from trainer.config import TrainerSettings
 from trainer.dataset import load_dataset
-from trainer.fit import step_gradient
 from trainer.networks import Networks
 from trainer.optimiser import Adam
 from trainer.problem import Problem
+from trainer.step import Steps
 
 ONE, COMMITTEE = (60.0, 100.0), (200.0, 400.0)
 N_CELLS, FORCE_WEIGHT = 8, 0.1
@@ -49,7 +49,7 @@ class Ours:
         self.parameters = self.networks.take(committee, torch.float32).to(device)
         self._cells = np.arange(len(rows))
         settings = TrainerSettings(
-            batch=len(rows), energy_weight=1.0, force_weight=FORCE_WEIGHT, stress_weight=0.0,
+            batch=len(rows), steps_per_epoch=1, energy_weight=1.0, force_weight=FORCE_WEIGHT, stress_weight=0.0,
             force_cap_eV_per_A=1e9, jacobian_memory_GB=jacobian_memory_GB,
         )  # fmt: skip
         with tempfile.TemporaryDirectory() as folder:
@@ -58,11 +58,12 @@ class Ours:
             shape = self.networks, committee.aev, ["Al"], committee.n_members
             self.problem = Problem(dataset, np.zeros(1), *shape, settings, 0, 1, device=device)
         self.problem.learns = torch.ones_like(self.problem.learns)  # no folds: TorchANI has none
+        self._steps = Steps(self.problem, self.parameters)
         self._adam = Adam.like(self.parameters)
         self._rates = torch.full((committee.n_members,), RATE, dtype=torch.float64, device=device)
 
     def gradient(self) -> Tensor:
-        return step_gradient(self.problem, self.parameters, self._cells)[0]
+        return self._steps.gradient(self._cells)[0]
 
     def step(self) -> None:
         self._adam.update(self.parameters, self.gradient(), self._rates)

@@ -29,6 +29,16 @@ class Windows:
         mine = self._windows[rank::n_ranks]
         return np.concatenate(mine) if mine else np.empty(0, dtype=np.int64)
 
+    @property
+    def n_windows(self) -> int:
+        """As many structures has a step at most."""
+        return len(self._windows)
+
+    def most(self, counts: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return (k,): how much of what is counted, (n, k), the structures of a step have at most."""
+        most: NDArray[np.int64] = np.sum([counts[window].max(axis=0) for window in self._windows], axis=0)
+        return most
+
     def epoch(self, seed: int, epoch: int) -> list[NDArray[np.int64]]:
         """Return the structures of each step; together they are every structure once."""
         rng = np.random.default_rng([seed, epoch])

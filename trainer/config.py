@@ -52,7 +52,8 @@ class TrainerSettings(Settings):
     max_force_eV_per_A: float = Field(default=50.0, gt=0)
     """Leave out cells with a larger force component. Published tools: 54 (2 Ha/A)."""
     jacobian_memory_GB: float = Field(default=4.0, ge=0)
-    """Memory, over all ranks, for derivatives of the descriptors; a set that needs more recomputes them. 0: always."""
+    """Memory, over all ranks, for derivatives of the descriptors; a set that needs more recomputes them. 0: always, as
+    on a GPU, which makes them anew in less time than it would read them."""
     memory_share: float = Field(default=0.5, ge=0, le=1)
     """Share of a node's memory, or of that of the GPUs which train, to keep structures, descriptors and derivatives in.
     What a larger set lacks is made anew for every step: derivatives first; then structures are streamed from their

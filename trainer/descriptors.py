@@ -19,12 +19,21 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from potential.aev import AEVParameters
-from potential.kernels import Kept, aev_forward, aev_jvp, aev_vjp, keep, pair_differences, pair_sums, respond
+from potential.kernels import (
+    Kept,
+    aev_forward,
+    aev_products,
+    keep,
+    pair_sums,
+    pair_tangents,
+    pair_virials,
+    respond,
+)
 from potential.neighbours import find_neighbours, pair_vectors
 from potential.structures import Structures
 from trainer.loss import References, Weights, pulls
 
-__all__ = ["Block", "Geometry", "describe", "jacobian_numbers", "join", "with_jacobian"]
+__all__ = ["Block", "Geometry", "Pairs", "describe", "jacobian_numbers", "join", "recomputed", "with_jacobian"]
 
 
 @dataclass(frozen=True)
@@ -71,7 +80,9 @@ def with_jacobian(geometry: Geometry, p: AEVParameters) -> Geometry:
     n = len(geometry.species)
     units = torch.eye(3 * n + 6, dtype=geometry.aev.dtype, device=geometry.aev.device)
     forces, virial = units[:, : 3 * n].reshape(-1, n, 3), units[:, None, 3 * n :]
-    rows = _Recomputed([geometry], p).lift(forces, virial.contiguous())
+    block = join([geometry], p)
+    assert isinstance(block, _Recomputed)
+    rows = block.lift(forces.contiguous(), virial.contiguous())
     return Geometry(
         geometry.species,
         geometry.aev,
@@ -89,14 +100,16 @@ def jacobian_numbers(n_atoms: NDArray[np.int32], length: int) -> int:
 
 
 class Block(ABC):
-    """Some structures joined: B of them with N atoms in all. Species (N,) are on the CPU."""
+    """Some structures joined: B of them with N atoms in all.
 
-    def __init__(self, geometries: Sequence[Geometry]) -> None:
-        counts = torch.tensor([len(geometry.species) for geometry in geometries])
-        self.species = torch.cat([geometry.species for geometry in geometries])
-        self.aev = torch.cat([geometry.aev for geometry in geometries])
-        self.frame_of_atom = torch.repeat_interleave(counts, output_size=len(self.species)).to(self.aev.device)
-        self.n_atoms = counts.to(self.aev.device)
+    elements: of each, its atoms, (n,). aev: (N, L). n_atoms: (B,). frame_of_atom: (N,).
+    """
+
+    def __init__(self, elements: Sequence[Tensor], aev: Tensor, n_atoms: Tensor, frame_of_atom: Tensor) -> None:
+        self.elements = elements
+        self.aev = aev
+        self.n_atoms = n_atoms
+        self.frame_of_atom = frame_of_atom
 
     @abstractmethod
     def project(self, g: Tensor) -> tuple[Tensor, Tensor]:
@@ -107,17 +120,75 @@ class Block(ABC):
         """Return forces and virial, and the derivative by g, (M, N, L), of the sum of scale (M, B) times the loss."""
 
 
+@dataclass(frozen=True)
+class Pairs:
+    """The pairs of joined structures, sorted by centre.
+
+    vec: (E, 3), A. row: (N + 1,), pairs of atom i are row[i] .. row[i + 1]. other: (E,). reverse: (E,), where known,
+    see potential.kernels.find_reverse.
+    """
+
+    vec: Tensor
+    row: Tensor
+    other: Tensor
+    reverse: Tensor | None = None
+
+
 def join(geometries: Sequence[Geometry], p: AEVParameters) -> Block:
     """Join structures that all keep their Jacobian, or none does."""
     kept = [geometry.jacobian for geometry in geometries if geometry.jacobian is not None]
-    return _Kept(geometries, kept) if kept else _Recomputed(geometries, p)
+    species = torch.cat([geometry.species for geometry in geometries])
+    aev = torch.cat([geometry.aev for geometry in geometries])
+    n_atoms = torch.tensor([len(geometry.species) for geometry in geometries]).to(aev.device)
+    frame_of_atom = torch.repeat_interleave(n_atoms, output_size=len(aev))
+    elements = [_placed(torch.nonzero(species == element).squeeze(1), aev.device) for element in range(p.n_species)]
+    if kept:
+        return _Kept(elements, aev, n_atoms, frame_of_atom, kept)
+    pairs = _join_pairs(geometries)
+    return _Recomputed(elements, _placed(species, aev.device), aev, n_atoms, frame_of_atom, pairs, p)
+
+
+def recomputed(
+    elements: Sequence[Tensor],
+    species: Tensor,
+    aev: Tensor,
+    n_atoms: Tensor,
+    frame_of_atom: Tensor,
+    pairs: Pairs,
+    p: AEVParameters,
+) -> Block:
+    """Structures that are joined already, on one device. species: (N,); the others as in Block."""
+    return _Recomputed(elements, species, aev, n_atoms, frame_of_atom, pairs, p)
+
+
+def _placed(values: Tensor, device: torch.device) -> Tensor:
+    """On the device; from memory that is not pinned a copy would wait for all that a GPU has to do before."""
+    return (values.pin_memory() if device.type == "cuda" else values).to(device, non_blocking=True)
+
+
+def _join_pairs(geometries: Sequence[Geometry]) -> Pairs:
+    first = list(accumulate((len(geometry.species) for geometry in geometries), initial=0))
+    vec = torch.cat([geometry.vec for geometry in geometries])
+    centre, other = (
+        torch.cat([getattr(geometry, end) + at for geometry, at in zip(geometries, first, strict=False)])
+        for end in ("centre", "other")
+    )
+    per_atom = centre.new_zeros(first[-1]).index_add_(0, centre, torch.ones_like(centre))
+    return Pairs(vec, torch.nn.functional.pad(per_atom.cumsum(0), (1, 0)), other)
 
 
 class _Kept(Block):
     """In one pass over the Jacobians, which are too large to stay in a cache."""
 
-    def __init__(self, geometries: Sequence[Geometry], jacobians: Sequence[Kept]) -> None:
-        super().__init__(geometries)
+    def __init__(
+        self,
+        elements: Sequence[Tensor],
+        aev: Tensor,
+        n_atoms: Tensor,
+        frame_of_atom: Tensor,
+        jacobians: Sequence[Kept],
+    ) -> None:
+        super().__init__(elements, aev, n_atoms, frame_of_atom)
         self._jacobians = jacobians
 
     def project(self, g: Tensor) -> tuple[Tensor, Tensor]:
@@ -131,26 +202,25 @@ class _Kept(Block):
 
 
 class _Recomputed(Block):
-    def __init__(self, geometries: Sequence[Geometry], p: AEVParameters) -> None:
-        super().__init__(geometries)
-        first = list(accumulate((len(geometry.species) for geometry in geometries[:-1]), initial=0))
-        self._p = p
-        self._vec = torch.cat([geometry.vec for geometry in geometries])
-        self._centre = torch.cat([geometry.centre + at for geometry, at in zip(geometries, first, strict=True)])
-        self._other = torch.cat([geometry.other + at for geometry, at in zip(geometries, first, strict=True)])
-        self._species_other = self.species.to(self.aev.device)[self._other]
-        per_atom = torch.zeros_like(self.frame_of_atom).index_add_(0, self._centre, torch.ones_like(self._centre))
-        self._row = torch.nn.functional.pad(per_atom.cumsum(0), (1, 0))
+    def __init__(
+        self,
+        elements: Sequence[Tensor],
+        species: Tensor,
+        aev: Tensor,
+        n_atoms: Tensor,
+        frame_of_atom: Tensor,
+        pairs: Pairs,
+        p: AEVParameters,
+    ) -> None:
+        super().__init__(elements, aev, n_atoms, frame_of_atom)
+        self._pairs = pairs
+        self._vjp, self._jvp = aev_products(pairs.vec, pairs.row, species.index_select(0, pairs.other), p)
 
     def project(self, g: Tensor) -> tuple[Tensor, Tensor]:
-        pull = aev_vjp(self._vec, self._row, self._species_other, g.contiguous(), self._p)  # dE/dvec
-        forces = pair_sums(pull, self._row, self._other)
-        x, y, z = self._vec.unbind(1)
-        px, py, pz = pull.unbind(2)
-        parts = [px * x, py * y, pz * z, (py * z + pz * y) / 2, (px * z + pz * x) / 2, (px * y + py * x) / 2]
-        virial = g.new_zeros(len(g), len(self.n_atoms), 6)
-        virial.index_add_(1, self.frame_of_atom[self._centre], torch.stack(parts, dim=2))
-        return forces, virial
+        pairs, pull = self._pairs, self._vjp(g.contiguous())  # dE/dvec
+        forces = pair_sums(pull, pairs.row, pairs.other, pairs.reverse)
+        virial = pair_virials(pull, pairs.vec, pairs.row, self.frame_of_atom, len(self.n_atoms))
+        return forces, virial.to(g.dtype)
 
     def respond(self, g: Tensor, truth: References, weights: Weights, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         forces, virial = self.project(g)
@@ -158,13 +228,5 @@ class _Recomputed(Block):
 
     def lift(self, forces: Tensor, virial: Tensor) -> Tensor:
         """Apply the transpose of `project`: (M, N, 3) and (M, B, 6) to (M, N, L)."""
-        tangent = pair_differences(forces.contiguous(), self._row, self._other)
-        xx, yy, zz, yz, xz, xy = virial[:, self.frame_of_atom[self._centre]].unbind(2)
-        x, y, z = self._vec.unbind(1)
-        stretch = [
-            xx * x + (xy * y + xz * z) / 2,
-            yy * y + (xy * x + yz * z) / 2,
-            zz * z + (xz * x + yz * y) / 2,
-        ]
-        tangent += torch.stack(stretch, dim=2)
-        return aev_jvp(self._vec, self._row, self._species_other, tangent, self._p)
+        pairs = self._pairs
+        return self._jvp(pair_tangents(forces, virial, pairs.vec, pairs.row, pairs.other, self.frame_of_atom))

@@ -10,21 +10,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from trainer.checkpoint import read_checkpoint, write_checkpoint
 from trainer.config import TrainerSettings
 from trainer.folds import TEST, VALID
-from trainer.loss import COLUMNS, Weights, compare, mean_loss, summarise
+from trainer.loss import COLUMNS, compare, mean_loss, summarise
 from trainer.metrics import Monitor
 from trainer.optimiser import Adam, Plateau
 from trainer.problem import Problem
+from trainer.step import Steps, weights_of
 from trainer.world import World
 
-__all__ = ["Fitted", "NotFiniteError", "State", "fit", "role_sums", "step_gradient"]
+__all__ = ["Fitted", "NotFiniteError", "State", "fit", "role_sums"]
 
 log = logging.getLogger(__name__)
 
@@ -119,10 +118,11 @@ def fit(
     monitor = Monitor(folder, state.epoch, settings.max_epochs) if world.rank == 0 else None
     saved = time.perf_counter()
     began = saved - state.seconds
+    steps = Steps(problem, state.parameters)
     going = state.epoch < settings.max_epochs and not state.plateau.finished
     stopped = False
     while going:
-        row, stopped = _epoch(problem, state, world, seed, stop, began, factors)
+        row, stopped = _epoch(problem, steps, state, world, seed, stop, began, factors)
         going = not (stopped or state.plateau.finished or state.epoch >= settings.max_epochs)
         going = going and not 0 < settings.max_minutes * 60 <= state.seconds
         if monitor is not None:
@@ -137,27 +137,6 @@ def fit(
     return Fitted(not stopped, state, summarise(sums[0]), summarise(sums[1]))
 
 
-def step_gradient(problem: Problem, parameters: Tensor, structures: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
-    """Return this rank's part of the gradient (M, P), and of the sums (M, 8), of a step over `structures`.
-
-    The loss of a member is the mean over those of all ranks' structures that it trains on.
-    """
-    weights = weights_of(problem.settings)
-    share = 1 / problem.learns[:, structures].sum(1).clamp(min=1).to(parameters.dtype)
-    gradient = torch.zeros_like(parameters)
-    sums = parameters.new_zeros(len(parameters), len(COLUMNS), dtype=torch.float64)
-    for part, block, truth in problem.blocks(problem.mine(structures)):
-        energies, g, tape = problem.networks.forward(parameters, block.aev, block.species)
-        energy = energies.new_zeros(len(energies), len(part)).index_add_(1, block.frame_of_atom, energies)
-        learns = problem.learns[:, part]
-        scale = learns * share[:, None]
-        forces, virial, v = block.respond(g, truth, weights, scale)
-        errors = compare(energy, forces, virial, truth, weights)
-        sums += (errors.sums * learns[:, :, None]).sum(1, dtype=torch.float64)
-        problem.networks.gradient(parameters, tape, (errors.by_energy * scale)[:, block.frame_of_atom], v, gradient)
-    return gradient, sums
-
-
 def role_sums(problem: Problem, parameters: Tensor, role: int) -> Tensor:
     """Return this rank's part of each member's sums, (M, 8), over the frames in which it has `role`.
 
@@ -167,22 +146,27 @@ def role_sums(problem: Problem, parameters: Tensor, role: int) -> Tensor:
     if problem.dataset.borrowed:
         weights = replace(weights, force=0.0)
     sums = parameters.new_zeros(len(parameters), len(COLUMNS), dtype=torch.float64)
-    for k in range(len(parameters)):
-        structures = torch.nonzero(problem.roles[k] == role).squeeze(1).numpy()
+    for members in _at_a_time(parameters):
+        has_role = problem.roles[members] == role
+        structures = torch.nonzero(has_role.any(0)).squeeze(1).numpy()
+        counts = has_role.to(parameters.device)
         for part, block, truth in problem.blocks(problem.mine(structures)):
-            energies, g, _ = problem.networks.forward(parameters[k : k + 1], block.aev, block.species)
-            energy = energies.new_zeros(1, len(part)).index_add_(1, block.frame_of_atom, energies)
+            energies, g, _ = problem.networks.forward(parameters[members], block.aev, block.elements)
+            energy = energies.new_zeros(len(energies), len(part)).index_add_(1, block.frame_of_atom, energies)
             errors = compare(energy, *block.project(g), truth, weights)
-            sums[k] += errors.sums.sum((0, 1), dtype=torch.float64)
+            sums[members] += (errors.sums * counts[:, part, None]).sum(1, dtype=torch.float64)
     return sums
 
 
-def weights_of(settings: TrainerSettings) -> Weights:
-    return Weights(settings.energy_weight, settings.force_weight, settings.stress_weight, settings.force_cap_eV_per_A)
+def _at_a_time(parameters: Tensor) -> list[slice]:
+    """Members whose frames are gone through together: on a GPU all, though most have another role for some of them."""
+    size = 1 if parameters.device.type == "cpu" else len(parameters)
+    return [slice(k, k + size) for k in range(0, len(parameters), size)]
 
 
 def _epoch(
     problem: Problem,
+    steps: Steps,
     state: State,
     world: World,
     seed: int,
@@ -194,7 +178,7 @@ def _epoch(
     rates = torch.tensor(state.plateau.rates, dtype=torch.float64, device=state.parameters.device)
     train = rates.new_zeros(len(rates), len(COLUMNS))
     for structures in problem.epoch(seed, state.epoch):
-        gradient, sums = step_gradient(problem, state.parameters, structures)
+        gradient, sums = steps.gradient(structures)
         world.add_up(gradient, "gradient")
         state.adam.update(state.parameters, gradient, rates, factors)
         train += sums

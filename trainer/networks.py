@@ -85,16 +85,15 @@ class Networks:
                 bias.fill_(factors.get(name, 1.0))
         return spread[0]
 
-    def forward(self, flat: Tensor, aev: Tensor, species: Tensor) -> tuple[Tensor, Tensor, Tape]:
+    def forward(self, flat: Tensor, aev: Tensor, atoms_of_element: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tape]:
         """Return atomic energies (M, n_atoms), g = dE/dAEV (M, n_atoms, L), and what `gradient` needs.
 
-        aev: (n_atoms, L). species: (n_atoms,), index of each atom's element, on the CPU.
+        aev: (n_atoms, L). atoms_of_element: of each element, (n,).
         """
         energies = aev.new_empty(len(flat), len(aev))
         g = aev.new_empty(len(flat), *aev.shape)
         elements = []
-        for element, layout in enumerate(self._layouts):
-            atoms = torch.nonzero(species == element).squeeze(1).to(aev.device, non_blocking=True)
+        for atoms, layout in zip(atoms_of_element, self._layouts, strict=True):
             elements.append((atoms, forward_layers(flat, layout, CELU_ALPHA, aev, atoms, energies, g)))
         return energies, g, Tape(aev, elements)
 

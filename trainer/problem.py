@@ -26,6 +26,8 @@ from trainer.loss import References
 from trainer.memory import Plan, make_plan
 from trainer.networks import Networks
 from trainer.prefetch import Prefetcher
+from trainer.recorded import Recorded, Step
+from trainer.resident import Resident, Size
 
 __all__ = ["Example", "Problem", "make_examples", "references"]
 
@@ -108,6 +110,7 @@ class Problem:
         self._is_mine[own] = True
         self._coming = Prefetcher(self._block, BLOCKS_AHEAD)
         self._kept: dict[int, Example] | None = None
+        self._resident: Resident | None = None
         self.plan = self._plan(own, allowed_GB)
         if self.plan.descriptors:
             self._keep(own)
@@ -117,18 +120,36 @@ class Problem:
         kept: NDArray[np.int64] = indices[self._is_mine[indices]]
         return kept
 
+    def share(self, structures: NDArray[np.int64]) -> Tensor:
+        """(M,): one over the number of these structures that each member learns from."""
+        dtype = getattr(torch, self.settings.dtype)
+        return 1 / self.learns[:, structures].sum(1).clamp(min=1).to(dtype)
+
+    def record(self, step: Step) -> Recorded | None:
+        """The step as a recording, where structures are settled on a GPU and a block holds those of a step."""
+        if self._resident is None:
+            return None
+        counts = self._resident.counts[self._resident.places(np.arange(len(self.dataset)))]
+        n_atoms, n_pairs, first, *others = self.windows.most(counts * self._is_mine[:, None]).tolist()
+        if n_atoms > ATOMS_PER_BLOCK_GPU:
+            return None
+        fillers = self.windows.n_windows + 1  # at most, with one atom of the first element each
+        size = Size(n_atoms + fillers, n_pairs, (first + fillers, *others))
+        dtype = getattr(torch, self.settings.dtype)
+        return Recorded(self._resident, self.learns, self.windows.n_windows, size, step, dtype)
+
     def epoch(self, seed: int, epoch: int) -> Iterator[NDArray[np.int64]]:
         """Yield the structures of each step, and begin to read those of the next one where they are streamed."""
         steps = self.windows.epoch(seed, epoch)
         for structures, following in zip_longest(steps, steps[1:]):
-            if following is not None and self._kept is None:
+            if following is not None and not self.plan.descriptors:
                 self._coming.expect(self._cut(self.mine(following)))
             yield structures
 
     def blocks(self, indices: NDArray[np.int64]) -> Iterator[tuple[Tensor, Block, References]]:
         """Join structures of this rank, as many as fit a core's cache or fill a GPU; yield them with their indices."""
         parts = self._cut(indices)
-        return self._coming.each(parts) if self._kept is None else map(self._block, parts)
+        return map(self._block, parts) if self.plan.descriptors else self._coming.each(parts)
 
     def _cut(self, indices: NDArray[np.int64]) -> list[NDArray[np.int64]]:
         at_a_time = ATOMS_PER_BLOCK if self.device.type == "cpu" else ATOMS_PER_BLOCK_GPU
@@ -136,6 +157,8 @@ class Problem:
         return np.split(indices, np.flatnonzero(np.diff(block)) + 1) if len(indices) else []
 
     def _block(self, part: NDArray[np.int64]) -> tuple[Tensor, Block, References]:
+        if self._resident is not None:
+            return self._resident.block(part)
         examples = self._examples(part) if self._kept is None else [self._kept[i] for i in part.tolist()]
         joined = join([example.geometry for example in examples], self._p)
         return torch.from_numpy(part), joined, references(examples, joined)
@@ -153,11 +176,13 @@ class Problem:
         examples = [example for part in self._cut(sample) for example in self._examples(part)]
         n_bytes = sum(OBJECTS_BYTES + example.target.nbytes + example.geometry.nbytes for example in examples)
         per_number = self._jacobian_bytes([example.geometry for example in examples])
+        # A GPU makes derivatives anew in less time than it would read them.
+        few_enough = jacobian_numbers(n_atoms, length) * per_number / 1e9 <= self.settings.jacobian_memory_GB
         plan = make_plan(
             int(n_atoms[own].sum()) * n_bytes / max(1, int(n_atoms[sample].sum())) / 1e9,
             jacobian_numbers(n_atoms[own], length) * per_number / 1e9,
             allowed_GB,
-            jacobian_numbers(n_atoms, length) * per_number / 1e9 <= self.settings.jacobian_memory_GB,
+            few_enough and self.device.type == "cpu",
         )
         log.info("%d structures, %d atoms; on this rank %d: %s", len(n_atoms), n_atoms.sum(), len(own), plan.reason)
         return plan
@@ -179,5 +204,20 @@ class Problem:
             for i, example in zip(part.tolist(), self._examples(part), strict=True):
                 geometry = with_jacobian(example.geometry, self._p) if self.plan.derivatives else example.geometry
                 kept[i] = replace(example, geometry=geometry)
-        self._kept = kept
+        if self.device.type == "cpu" or not kept:
+            self._kept = kept
+        else:
+            self._resident = _settle(kept, self._p)
         log.info("described %d structures in %.1f s", len(own), time.perf_counter() - start)
+
+
+def _settle(kept: dict[int, Example], p: AEVParameters) -> Resident:
+    examples = kept.values()
+    return Resident(
+        np.fromiter(kept, dtype=np.int64),
+        [example.geometry for example in examples],
+        [example.target for example in examples],
+        [example.energy for example in examples],
+        [example.volume or 1.0 for example in examples],
+        p,
+    )

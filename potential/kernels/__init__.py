@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 
 import torch
@@ -30,11 +30,13 @@ __all__ = [
     "Stack",
     "aev_forward",
     "aev_jvp",
+    "aev_products",
     "aev_vjp",
     "backward_layers",
     "drift",
     "evaluate",
     "find_pairs",
+    "find_reverse",
     "forward_layers",
     "have_moved",
     "implementation",
@@ -42,9 +44,10 @@ __all__ = [
     "kick",
     "native_available",
     "normals",
-    "pair_differences",
     "pair_sums",
+    "pair_tangents",
     "pair_vectors",
+    "pair_virials",
     "respond",
     "shortest_distances",
 ]
@@ -142,6 +145,15 @@ def aev_jvp(
     return product
 
 
+def aev_products(
+    vec: torch.Tensor, row: torch.Tensor, species_other: torch.Tensor, p: AEVParameters
+) -> tuple[Callable[[torch.Tensor], torch.Tensor], Callable[[torch.Tensor], torch.Tensor]]:
+    """What aev_vjp makes of a cotangent, and what aev_jvp makes of a tangent: for both, cheaper than one by one."""
+    products: tuple[Callable[[torch.Tensor], torch.Tensor], Callable[[torch.Tensor], torch.Tensor]]
+    products = _kernels(vec).aev_products(vec, row, species_other, p)
+    return products
+
+
 def evaluate(
     structures: Structures,
     row: torch.Tensor,
@@ -229,20 +241,46 @@ def respond(
     return response
 
 
-def pair_sums(pair: torch.Tensor, row: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+def pair_sums(
+    pair: torch.Tensor, row: torch.Tensor, other: torch.Tensor, reverse: torch.Tensor | None = None
+) -> torch.Tensor:
     """(M, N, 3): of each atom, the sum over its own pairs less that over the pairs in which it is the other.
 
     pair: (M, E, 3); row: (N + 1,); other: (E,). Of dE/dvec, the derivatives of the energy by the pair vectors, these
-    are the forces on the atoms.
+    are the forces on the atoms. reverse: (E,), what find_reverse found, where it is at hand: GPUs are faster with it.
     """
-    sums: torch.Tensor = _kernels(pair).pair_sums(pair, row, other)
+    sums: torch.Tensor = _kernels(pair).pair_sums(pair, row, other, reverse)
     return sums
 
 
-def pair_differences(atom: torch.Tensor, row: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """(M, E, 3): of each pair, its centre's value less the other's: pair_sums transposed. atom: (M, N, 3)."""
-    differences: torch.Tensor = _kernels(atom).pair_differences(atom, row, other)
-    return differences
+def find_reverse(vec: torch.Tensor, row: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """(E,): number of the pair that is the same one seen from its other atom. All pairs are listed both ways."""
+    reverse: torch.Tensor = _kernels(vec).find_reverse(vec, row, other)
+    return reverse
+
+
+def pair_virials(
+    pair: torch.Tensor, vec: torch.Tensor, row: torch.Tensor, frame_of_atom: torch.Tensor, n_frames: int
+) -> torch.Tensor:
+    """(M, B, 6), float64: sum over the pairs of each frame of vec (x) pair, made symmetric: xx yy zz yz xz xy.
+
+    pair: (M, E, 3); vec: (E, 3). Of dE/dvec, these are the derivatives of the energies by strain.
+    """
+    virials: torch.Tensor = _kernels(pair).pair_virials(pair, vec, row, frame_of_atom, n_frames)
+    return virials
+
+
+def pair_tangents(
+    atom: torch.Tensor,
+    strain: torch.Tensor,
+    vec: torch.Tensor,
+    row: torch.Tensor,
+    other: torch.Tensor,
+    frame_of_atom: torch.Tensor,
+) -> torch.Tensor:
+    """(M, E, 3): pair_sums and pair_virials transposed. atom: (M, N, 3); strain: (M, B, 6), xx yy zz yz xz xy."""
+    tangents: torch.Tensor = _kernels(vec).pair_tangents(atom, strain, vec, row, other, frame_of_atom)
+    return tangents
 
 
 def implementation(vec: torch.Tensor) -> str:

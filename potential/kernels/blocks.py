@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["evaluate"]
 
-BLOCK_BYTES = 2**31  # enough to keep a GPU busy, little beside its memory
+BLOCK_BYTES = 2**32  # enough to keep a GPU busy, little beside its memory
 BLOCK_BYTES_CPU = 2**25  # about a cache
 
 
@@ -44,11 +44,11 @@ def evaluate(
     species_other = structures.species.index_select(0, other)
     energies = vec.new_zeros(n_members, structures.n_frames, dtype=torch.float64)
     forces = vec.new_zeros(n_gradients, len(structures.positions), 3)
-    virial = vec.new_zeros(n_gradients, structures.n_frames, 3, 3, dtype=torch.float64)
+    virial = vec.new_zeros(n_gradients, structures.n_frames, 6, dtype=torch.float64)
     self_energies = self_energies.to(vec.device, non_blocking=True)
     n_bytes = _bytes_per_atom(row, other, stacks, n_gradients)
     if n_gradients:
-        n_bytes += kernels.described_bytes(len(other) / max(1, len(row) - 1), p, dtype.itemsize)
+        n_bytes += kernels.described_bytes(len(other) / max(1, len(row) - 1), p, dtype.itemsize, n_gradients)
     for (low, high), (first, last) in _blocks(row, len(other), n_bytes):
         pairs = slice(first, last)
         environments = vec[pairs], row[low : high + 1] - first, species_other[pairs]
@@ -66,12 +66,12 @@ def evaluate(
             pull = aev_vjp(gradient)
             forces += kernels.pair_sums(pull, row.clamp(first, last) - first, other[pairs])
             if stress:
-                ends = (row[structures.first_atom].clamp(first, last) - first).tolist()
-                virial += _virial(pull, vec[pairs], ends)
+                of_block = environments[0], environments[1], structures.frame_of_atom[low:high]
+                virial += kernels.pair_virials(pull, *of_block, structures.n_frames)
     if not (n_gradients and stress):
         return energies, forces, None
     volume = structures.volume.double()
-    symmetric = (virial + virial.transpose(2, 3)) / 2
+    symmetric = virial[..., [[0, 5, 4], [5, 1, 3], [4, 3, 2]]]
     return energies, forces, symmetric / torch.where(volume > 0, volume, torch.nan)[:, None, None]
 
 
@@ -93,9 +93,3 @@ def _blocks(row: torch.Tensor, n_pairs: int, bytes_per_atom: float) -> list[tupl
     atoms = [*range(0, n_atoms, size), n_atoms]
     pairs = row[torch.tensor(atoms, device=row.device)].tolist()
     return list(zip(itertools.pairwise(atoms), itertools.pairwise(pairs), strict=True))
-
-
-def _virial(pull: torch.Tensor, vec: torch.Tensor, ends: Sequence[int]) -> torch.Tensor:
-    """(G, B, 3, 3), eV, float64: sum over the pairs of each frame of vec (x) dE/dvec, from (E, 3) and (G, E, 3)."""
-    frames = [torch.matmul(vec[low:high].T, pull[:, low:high]) for low, high in itertools.pairwise(ends)]
-    return torch.stack(frames, dim=1).double()

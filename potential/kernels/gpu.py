@@ -6,6 +6,7 @@ Everything is launched without waiting for the device; what has no program of it
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import sys
 from collections.abc import Callable
@@ -15,17 +16,16 @@ import torch
 import triton
 
 from potential.aev import AEVParameters
-from potential.kernels import blocks, programs, reference
+from potential.kernels import blocks, layers, programs, reference
+from potential.kernels.layers import Layout
 from potential.kernels.reference import (
-    backward_layers,
+    Stack,
     drift,
     find_pairs,
-    forward_layers,
     have_moved,
     keep,
     kick,
     normals,
-    pair_differences,
     respond,
 )
 from potential.structures import Structures
@@ -33,6 +33,7 @@ from potential.structures import Structures
 __all__ = [
     "aev_forward",
     "aev_jvp",
+    "aev_products",
     "aev_vjp",
     "aev_with_vjp",
     "backward_layers",
@@ -40,21 +41,28 @@ __all__ = [
     "drift",
     "evaluate",
     "find_pairs",
+    "find_reverse",
     "forward_layers",
     "have_moved",
     "keep",
     "kick",
     "networks",
     "normals",
-    "pair_differences",
     "pair_sums",
+    "pair_tangents",
     "pair_vectors",
+    "pair_virials",
     "respond",
     "shortest_distances",
 ]
 
 PAIRS_PER_PROGRAM, VALUES_PER_PROGRAM = 128, 1024
+CUTS = 16  # of sums over the atoms of a training step
+LAYER_ROWS = 64  # atoms of a program of such a step
 WARP = 32  # lanes of a program with a pair or a triple each
+MOST_BINS = 64  # of a pair of species, whose derivatives by a pair fit the registers of a program
+PRODUCTS = 16  # with a Jacobian, of a program: what a tensor core takes at least
+PRODUCT = {"MEMBERS": PRODUCTS, "BLOCK": WARP, "num_warps": 1, "num_stages": 1}
 
 
 def aev_forward(vec: torch.Tensor, row: torch.Tensor, species_other: torch.Tensor, p: AEVParameters) -> torch.Tensor:
@@ -70,9 +78,28 @@ def aev_with_vjp(
     return _sums(pairs, None)[0], functools.partial(_pull_back, pairs)
 
 
-def described_bytes(pairs_per_atom: float, p: AEVParameters, itemsize: int) -> float:
-    """What aev_with_vjp keeps for each atom: its part of `whole` and `real`."""
-    return pairs_per_atom * (3 * 8 + 6 * itemsize)
+def aev_products(
+    vec: torch.Tensor, row: torch.Tensor, species_other: torch.Tensor, p: AEVParameters
+) -> tuple[Callable[[torch.Tensor], torch.Tensor], Callable[[torch.Tensor], torch.Tensor]]:
+    """As potential.kernels.aev_products: lists of near pairs and the Jacobian are made once for all of them."""
+    pairs = _Pairs(vec, row, species_other, p)
+    return functools.partial(_pull_back, pairs), lambda tangent: _sums(pairs, tangent.contiguous())
+
+
+def described_bytes(pairs_per_atom: float, p: AEVParameters, itemsize: int, n_products: int) -> float:
+    """What aev_with_vjp keeps for each atom at most: its part of `whole`, `real` and, if it is made, the Jacobian."""
+    n_numbers = 6 + 3 * p.n_species * p.n_per_pair * _by_jacobian(n_products, p, itemsize)
+    return pairs_per_atom * (3 * 8 + n_numbers * itemsize)
+
+
+def _by_jacobian(n_products: int, p: AEVParameters, itemsize: int) -> bool:
+    """Whether so many products are cheaper by way of the Jacobian: to make it costs as much as two of them."""
+    return n_products > 2 and p.n_per_pair <= MOST_BINS and _has_programs(itemsize)
+
+
+def _has_programs(itemsize: int) -> bool:
+    """Whether there are programs that multiply matrices: those of float32, whose rounding was looked at on NVIDIA's."""
+    return itemsize == 4 and not torch.version.hip
 
 
 def aev_jvp(
@@ -93,19 +120,23 @@ def _pull_back(pairs: _Pairs, cotangent: torch.Tensor) -> torch.Tensor:
     p = pairs.p
     cotangent = cotangent.contiguous()
     out = cotangent.new_empty(len(cotangent), pairs.n_pairs, 3)
+    if _by_jacobian(len(cotangent), p, out.itemsize):
+        pairs.apply_radial(programs.radial_pull, cotangent, out)
+        pairs.apply_angular(programs.angular_pull, cotangent, out)
+        return out
     _launch(
         programs.radial_vjp,
-        (triton.cdiv(pairs.n_pairs, PAIRS_PER_PROGRAM), len(cotangent)),
+        (pairs.n_atoms, len(cotangent)),
         pairs.vec,
         pairs.distance,
-        pairs.centre(),
+        pairs.row,
         pairs.species_other,
         cotangent,
         out,
-        pairs.n_atoms,
         pairs.n_pairs,
         **_radial(p),
-        BLOCK=PAIRS_PER_PROGRAM,
+        BLOCK=WARP,
+        num_warps=1,
     )
     _launch(
         programs.angular_vjp,
@@ -140,16 +171,16 @@ def pair_vectors(
         positions,
         structures.cell.to(positions.dtype).contiguous(),
         out,
-        BLOCK=PAIRS_PER_PROGRAM,
+        BLOCK=WARP,
+        num_warps=1,
     )
     return out
 
 
-def pair_sums(pair: torch.Tensor, row: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """(M, N, 3): of each atom, the sum over its own pairs less that over the pairs in which it is the other.
-
-    pair: (M, E, 3); row: (N + 1,); other: (E,). The last bits depend on the order of additions, which is not fixed.
-    """
+def pair_sums(
+    pair: torch.Tensor, row: torch.Tensor, other: torch.Tensor, reverse: torch.Tensor | None = None
+) -> torch.Tensor:
+    """As potential.kernels.pair_sums. Without `reverse` the last bits depend on the order of additions."""
     out = pair.new_zeros(len(pair), len(row) - 1, 3)
     _launch(
         programs.pair_sums,
@@ -157,9 +188,69 @@ def pair_sums(pair: torch.Tensor, row: torch.Tensor, other: torch.Tensor) -> tor
         pair.contiguous(),
         row.contiguous(),
         other.contiguous(),
+        reverse,
         out,
         len(other),
-        BLOCK=PAIRS_PER_PROGRAM,
+        BLOCK=WARP,
+        num_warps=1,
+    )
+    return out
+
+
+def find_reverse(vec: torch.Tensor, row: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """As potential.kernels.find_reverse."""
+    out = torch.empty_like(other)
+    centre = torch.repeat_interleave(row.diff(), output_size=len(other))
+    grid = (triton.cdiv(len(other), PAIRS_PER_PROGRAM),)
+    _launch(programs.find_reverse, grid, vec, row, other, centre, out, len(other), BLOCK=PAIRS_PER_PROGRAM)
+    return out
+
+
+def pair_virials(
+    pair: torch.Tensor, vec: torch.Tensor, row: torch.Tensor, frame_of_atom: torch.Tensor, n_frames: int
+) -> torch.Tensor:
+    """As potential.kernels.pair_virials."""
+    out = pair.new_zeros(len(pair), n_frames, 6, dtype=torch.float64)
+    _launch(
+        programs.pair_virials,
+        (len(row) - 1, len(pair)),
+        pair.contiguous(),
+        vec.contiguous(),
+        row.contiguous(),
+        frame_of_atom.contiguous(),
+        out,
+        n_frames,
+        len(vec),
+        BLOCK=WARP,
+        num_warps=1,
+    )
+    return out
+
+
+def pair_tangents(
+    atom: torch.Tensor,
+    strain: torch.Tensor,
+    vec: torch.Tensor,
+    row: torch.Tensor,
+    other: torch.Tensor,
+    frame_of_atom: torch.Tensor,
+) -> torch.Tensor:
+    """As potential.kernels.pair_tangents."""
+    out = atom.new_empty(len(atom), len(vec), 3)
+    _launch(
+        programs.pair_tangents,
+        (len(row) - 1, len(atom)),
+        atom.contiguous(),
+        strain.contiguous(),
+        vec.contiguous(),
+        row.contiguous(),
+        other.contiguous(),
+        frame_of_atom.contiguous(),
+        out,
+        strain.shape[1],
+        len(vec),
+        BLOCK=WARP,
+        num_warps=1,
     )
     return out
 
@@ -173,7 +264,130 @@ def celu(value: torch.Tensor, alpha: float) -> tuple[torch.Tensor, torch.Tensor]
     return value, slope
 
 
-networks = functools.partial(reference.networks, activate=celu)
+def networks(
+    aev: torch.Tensor,
+    atoms: torch.Tensor,
+    stack: Stack,
+    celu_alpha: float,
+    energies: torch.Tensor,
+    gradient: torch.Tensor,
+) -> None:
+    """As reference.networks; of float32 in one program, whose matrix products are as good as those of float32."""
+    if not _has_programs(aev.itemsize):
+        reference.networks(aev, atoms, stack, celu_alpha, energies, gradient, activate=celu)
+        return
+    layers = [part.flatten(1) for pair in zip(stack.weights, stack.biases, strict=True) for part in pair]
+    widths = (aev.shape[1], *(bias.shape[1] for bias in stack.biases))
+    sizes = [out * (width + 1) for width, out in itertools.pairwise(widths)]
+    layout = Layout(widths, tuple(itertools.accumulate(sizes[:-1], initial=0)))
+    each = gradient if len(gradient) in (0, len(energies)) else gradient.new_empty(len(energies), *aev.shape)
+    _run_networks(torch.cat(layers, 1), layout, celu_alpha, aev, atoms, energies, each)
+    if each is gradient:
+        return
+    if len(atoms) == len(aev):
+        torch.mean(each, 0, out=gradient[0])
+    else:
+        gradient[0].index_copy_(0, atoms, each.index_select(1, atoms).mean(0))
+
+
+def forward_layers(
+    flat: torch.Tensor,
+    layout: Layout,
+    celu_alpha: float,
+    aev: torch.Tensor,
+    atoms: torch.Tensor,
+    energies: torch.Tensor,
+    g: torch.Tensor,
+) -> object:
+    """As potential.kernels.forward_layers; nothing is kept for the way back, where float32 is computed again."""
+    if not _has_programs(flat.itemsize):
+        return layers.forward_layers(flat, layout, celu_alpha, aev, atoms, energies, g)
+    _run_networks(flat, layout, celu_alpha, aev, atoms, energies, g)
+    return None
+
+
+def _run_networks(
+    flat: torch.Tensor,
+    layout: Layout,
+    celu_alpha: float,
+    aev: torch.Tensor,
+    atoms: torch.Tensor,
+    energies: torch.Tensor,
+    gradient: torch.Tensor,
+) -> None:
+    rows = _rows_per_program(layout)
+    _launch(
+        programs.networks,
+        (triton.cdiv(len(atoms), rows), len(flat)),
+        aev,
+        atoms,
+        flat,
+        energies,
+        gradient,
+        len(atoms),
+        len(aev),
+        flat.shape[1],
+        GRADIENT=len(gradient) > 0,
+        **_layers(layout, celu_alpha, rows),
+    )
+
+
+def _rows_per_program(layout: Layout) -> int:
+    return 128 if max(layout.widths) <= 128 else 64
+
+
+def _layers(layout: Layout, celu_alpha: float, rows: int) -> dict[str, Any]:
+    return {
+        "WIDTHS": layout.widths,
+        "PIECES": tuple(_pieces(width) for width in layout.widths),
+        "OFFSETS": layout.offsets,
+        "ALPHA": celu_alpha,
+        "ROWS": rows,
+        "num_warps": 8,
+        "num_stages": 1,  # the weights of all layers, read ahead, would not fit in shared memory
+    }
+
+
+def backward_layers(
+    flat: torch.Tensor,
+    layout: Layout,
+    celu_alpha: float,
+    tape: object,
+    aev: torch.Tensor,
+    atoms: torch.Tensor,
+    by_energy: torch.Tensor,
+    by_g: torch.Tensor,
+    into: torch.Tensor,
+) -> None:
+    """As potential.kernels.backward_layers."""
+    if isinstance(tape, layers.Tape):
+        layers.backward_layers(flat, layout, celu_alpha, tape, aev, atoms, by_energy, by_g, into)
+        return
+    n_members, widths = len(flat), layout.widths
+    # Sums over atoms are cut: products of few tall matrices would leave most of a GPU idle.
+    unit = math.lcm(8 * CUTS, LAYER_ROWS)
+    n_rows = triton.cdiv(len(atoms), unit) * unit
+    size = 2 * n_rows * n_members
+    lower, upper = flat.new_empty(size * sum(widths[:-1])), flat.new_empty(size * sum(widths[1:-1]))
+    grid = triton.cdiv(n_rows, LAYER_ROWS), n_members
+    counts = len(atoms), len(aev), n_rows, flat.shape[1]
+    constants = _layers(layout, celu_alpha, LAYER_ROWS) | {"N_MEMBERS": n_members, "num_warps": 4}
+    _launch(programs.layers_up, grid, aev, atoms, flat, by_energy, by_g, lower, into, *counts, **constants)
+    _launch(programs.layers_down, grid, atoms, flat, by_energy, lower, upper, into, *counts, **constants)
+    below = lower.split([size * width for width in widths[:-1]])
+    above = upper.split([size * width for width in reversed(widths[1:-1])])
+    slots = layout.layers(into)[:-1]
+    for (weight, _), left, right in zip(slots, reversed(above), below, strict=False):
+        left, right = (part.view(n_members * CUTS, 2 * n_rows // CUTS, -1) for part in (left, right))
+        weight += torch.bmm(left.mT, right).view(n_members, CUTS, *weight.shape[1:]).sum(1)
+
+
+def _pieces(width: int) -> tuple[int, ...]:
+    """Widths of 64, 32 or 16 columns, as programs want them, that together hold so many."""
+    n = -(-width // 16)
+    return (64,) * (n // 4) + (32,) * (n % 4 // 2) + (16,) * (n % 2)
+
+
 shortest_distances = functools.partial(reference.shortest_distances, vectors=pair_vectors)
 evaluate = functools.partial(blocks.evaluate, sys.modules[__name__])
 
@@ -182,6 +396,10 @@ def _sums(pairs: _Pairs, tangent: torch.Tensor | None) -> torch.Tensor:
     """(1, N, L), the AEVs, or (M, N, L), what J makes of tangents (M, E, 3)."""
     p = pairs.p
     out = pairs.vec.new_empty(1 if tangent is None else len(tangent), pairs.n_atoms, p.length)
+    if tangent is not None and _by_jacobian(len(tangent), p, out.itemsize):
+        pairs.apply_radial(programs.radial_push, tangent, out)
+        pairs.apply_angular(programs.angular_push, tangent, out)
+        return out
     _launch(
         programs.radial_sums,
         (pairs.n_atoms, len(out)),
@@ -250,8 +468,66 @@ class _Pairs:
             num_warps=1,
         )
 
-    def centre(self) -> torch.Tensor:
-        return torch.repeat_interleave(self.row.diff(), output_size=self.n_pairs)
+    @functools.cached_property
+    def jacobian(self) -> torch.Tensor:
+        """Of the angular part, see programs.angular_jacobian; made once for all products."""
+        p = self.p
+        out = self.vec.new_empty(3, p.n_species, p.n_per_pair, self.n_pairs)
+        _launch(
+            programs.angular_jacobian,
+            (triton.cdiv(self.n_pairs, WARP), p.n_species),
+            self.bounds,
+            self.whole,
+            self.real,
+            out,
+            self.n_atoms,
+            self.n_pairs,
+            **_angular(p, out.dtype),
+            BLOCK=WARP,
+            num_warps=1,
+        )
+        return out
+
+    def apply_radial(self, program: Any, given: torch.Tensor, out: torch.Tensor) -> None:
+        """Run radial_pull or radial_push for all that is given, (M, ...)."""
+        p = self.p
+        _launch(
+            program,
+            (self.n_atoms, triton.cdiv(len(given), PRODUCTS)),
+            self.vec,
+            self.distance,
+            self.row,
+            self.species_other,
+            given,
+            out,
+            len(given),
+            self.n_pairs,
+            **_radial(p),
+            SPECIES=p.n_species,
+            WIDTH=max(16, triton.next_power_of_2(len(p.radial_shifts))),
+            **PRODUCT,
+        )
+
+    def apply_angular(self, program: Any, given: torch.Tensor, out: torch.Tensor) -> None:
+        """Run angular_pull or angular_push for all that is given, (M, ...)."""
+        p = self.p
+        _launch(
+            program,
+            (self.n_atoms, triton.cdiv(len(given), PRODUCTS)),
+            self.bounds,
+            self.whole,
+            self.jacobian,
+            given,
+            out,
+            len(given),
+            self.n_pairs,
+            SPECIES=p.n_species,
+            N_RADIAL=p.n_radial,
+            LENGTH=p.length,
+            N_BINS=p.n_per_pair,
+            WIDTH=max(16, triton.next_power_of_2(p.n_per_pair)),
+            **PRODUCT,
+        )
 
 
 def _launch(program: Any, grid: tuple[int, ...], *tensors: Any, **constants: Any) -> None:

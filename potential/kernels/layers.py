@@ -105,7 +105,7 @@ def backward_layers(
 
 
 def keep(jacobian: Tensor) -> Tensor:
-    """As it is: a GPU is fastest with a few large products."""
+    """As it is."""
     return jacobian.contiguous()
 
 
@@ -122,7 +122,7 @@ def respond(
     n_atoms = [(len(jacobian) - 6) // 3 for jacobian in jacobians]
     first = list(itertools.accumulate(n_atoms[:-1], initial=0))
     forces, virials, v = g.new_empty(*g.shape[:2], 3), g.new_empty(len(g), len(jacobians), 6), torch.empty_like(g)
-    # Structures of one size are one product: a GPU wants few large ones.
+    # Structures of one size are one product.
     for n in sorted(set(n_atoms)):
         alike = [structure for structure, size in enumerate(n_atoms) if size == n]
         jacobian = torch.stack([jacobians[i] for i in alike]) if len(alike) > 1 else jacobians[alike[0]][None]

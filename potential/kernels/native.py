@@ -6,11 +6,12 @@ import ctypes
 import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from potential.aev import AEVParameters
+from potential.kernels import reference
 from potential.kernels.bins import FLAT_CELL, NOT_FINITE
 from potential.kernels.kept import Blocks
 from potential.kernels.kept import cut as keep
@@ -28,18 +29,20 @@ from potential.kernels.library import (
     library,
 )
 from potential.kernels.motion import Moving
-from potential.kernels.reference import Stack
+from potential.kernels.reference import Stack, find_reverse, pair_virials
 from potential.structures import Structures
 
 __all__ = [
     "aev_forward",
     "aev_jvp",
+    "aev_products",
     "aev_vjp",
     "available",
     "backward_layers",
     "drift",
     "evaluate",
     "find_pairs",
+    "find_reverse",
     "forward_layers",
     "have_moved",
     "keep",
@@ -48,7 +51,9 @@ __all__ = [
     "normals",
     "pair_differences",
     "pair_sums",
+    "pair_tangents",
     "pair_vectors",
+    "pair_virials",
     "respond",
     "shortest_distances",
 ]
@@ -435,11 +440,18 @@ def respond(
     return forces, virial, v
 
 
-def pair_sums(pair: torch.Tensor, row: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """(M, N, 3): of each atom, the sum over its own pairs less that over the pairs in which it is the other.
+def aev_products(
+    vec: torch.Tensor, row: torch.Tensor, species_other: torch.Tensor, p: AEVParameters
+) -> tuple[Callable[[torch.Tensor], torch.Tensor], Callable[[torch.Tensor], torch.Tensor]]:
+    """As potential.kernels.aev_products; features are computed again for each."""
+    pairs = vec, row, species_other
+    return lambda cotangent: aev_vjp(*pairs, cotangent, p), lambda tangent: aev_jvp(*pairs, tangent, p)
 
-    pair: (M, E, 3); row: (N + 1,); other: (E,). With pair forces, these are the forces on the atoms.
-    """
+
+def pair_sums(
+    pair: torch.Tensor, row: torch.Tensor, other: torch.Tensor, reverse: torch.Tensor | None = None
+) -> torch.Tensor:
+    """As potential.kernels.pair_sums; `reverse` is not needed here."""
     _check("pair", pair, (pair.shape[0], other.shape[0], 3))
     out = pair.new_empty(pair.shape[0], row.shape[0] - 1, 3)
     _run_pairs(True, pair, row, other, out)
@@ -452,6 +464,9 @@ def pair_differences(atom: torch.Tensor, row: torch.Tensor, other: torch.Tensor)
     out = atom.new_empty(atom.shape[0], other.shape[0], 3)
     _run_pairs(False, atom, row, other, out)
     return out
+
+
+pair_tangents = functools.partial(reference.pair_tangents, differences=pair_differences)
 
 
 def _run_pairs(

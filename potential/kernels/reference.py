@@ -34,6 +34,7 @@ __all__ = [
     "Stack",
     "aev_forward",
     "aev_jvp",
+    "aev_products",
     "aev_vjp",
     "aev_with_vjp",
     "backward_layers",
@@ -41,6 +42,7 @@ __all__ = [
     "drift",
     "evaluate",
     "find_pairs",
+    "find_reverse",
     "forward_layers",
     "have_moved",
     "keep",
@@ -49,7 +51,9 @@ __all__ = [
     "normals",
     "pair_differences",
     "pair_sums",
+    "pair_tangents",
     "pair_vectors",
+    "pair_virials",
     "respond",
     "shortest_distances",
 ]
@@ -97,7 +101,7 @@ def aev_with_vjp(
     return _aev(described, vec, row, p), functools.partial(_pull_back, described, vec, p)
 
 
-def described_bytes(pairs_per_atom: float, p: AEVParameters, itemsize: int) -> float:
+def described_bytes(pairs_per_atom: float, p: AEVParameters, itemsize: int, n_products: int) -> float:
     """Roughly what aev_with_vjp keeps for each atom: its triples with their features."""
     near = pairs_per_atom * min(1.0, p.angular_cutoff_A / p.radial_cutoff_A) ** 3
     return near**2 / 2 * itemsize * (len(p.angular_shifts) + 2 * len(p.angle_shifts) + 8)
@@ -158,6 +162,14 @@ def aev_jvp(
                 block_out[member, :, columns] = change.flatten(1)
         out.index_copy_(1, block.atoms, block_out)
     return out
+
+
+def aev_products(
+    vec: torch.Tensor, row: torch.Tensor, species_other: torch.Tensor, p: AEVParameters
+) -> tuple[Callable[[torch.Tensor], torch.Tensor], Callable[[torch.Tensor], torch.Tensor]]:
+    """As potential.kernels.aev_products; features are computed again for each."""
+    pairs = vec, row, species_other
+    return lambda cotangent: aev_vjp(*pairs, cotangent, p), lambda tangent: aev_jvp(*pairs, tangent, p)
 
 
 def celu(value: torch.Tensor, alpha: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -244,11 +256,10 @@ def have_moved(
     return torch.bincount(frame, moved.double(), minlength=structures.n_frames) > 0
 
 
-def pair_sums(pair: torch.Tensor, row: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """(M, N, 3): of each atom, the sum over its own pairs less that over the pairs in which it is the other.
-
-    pair: (M, E, 3); row: (N + 1,); other: (E,). With pair forces, these are the forces on the atoms.
-    """
+def pair_sums(
+    pair: torch.Tensor, row: torch.Tensor, other: torch.Tensor, reverse: torch.Tensor | None = None
+) -> torch.Tensor:
+    """As potential.kernels.pair_sums; `reverse` is not needed here."""
     n_members, n_atoms = len(pair), len(row) - 1
     centre = torch.repeat_interleave(row.diff(), output_size=len(other))
     flat = pair.transpose(0, 1).reshape(len(other), n_members * 3)  # along the first axis index_add is much faster
@@ -256,10 +267,61 @@ def pair_sums(pair: torch.Tensor, row: torch.Tensor, other: torch.Tensor) -> tor
     return sums.view(n_atoms, n_members, 3).transpose(0, 1)
 
 
+def find_reverse(vec: torch.Tensor, row: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """As potential.kernels.find_reverse, of vectors that are exactly opposite."""
+    centre = torch.repeat_interleave(row.diff(), output_size=len(other))
+    reverse = torch.empty_like(other)
+    reverse[_in_order(-vec, other, centre)] = _in_order(vec, centre, other)
+    return reverse
+
+
+def _in_order(vec: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """Numbers of pairs, sorted by their first atoms, then by their second ones, then by their vectors."""
+    order = torch.arange(len(vec), device=vec.device)
+    for key in (*vec.unbind(1), second, first):
+        order = order[key[order].argsort(stable=True)]
+    return order
+
+
+def pair_virials(
+    pair: torch.Tensor, vec: torch.Tensor, row: torch.Tensor, frame_of_atom: torch.Tensor, n_frames: int
+) -> torch.Tensor:
+    """As potential.kernels.pair_virials."""
+    n_atoms = torch.bincount(frame_of_atom, minlength=n_frames)
+    ends = row[torch.nn.functional.pad(n_atoms.cumsum(0), (1, 0))].tolist()
+    frames = [torch.matmul(vec[low:high].T, pair[:, low:high]) for low, high in itertools.pairwise(ends)]
+    full = torch.stack(frames, dim=1).double()
+    full = (full + full.transpose(2, 3)) / 2
+    return full[..., [0, 1, 2, 1, 0, 0], [0, 1, 2, 2, 2, 1]]
+
+
 def pair_differences(atom: torch.Tensor, row: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     """(M, E, 3): of each pair, its centre's value less the other's: pair_sums transposed. atom: (M, N, 3)."""
     centre = torch.repeat_interleave(row.diff(), output_size=len(other))
     return atom.index_select(1, centre) - atom.index_select(1, other)
+
+
+def pair_tangents(
+    atom: torch.Tensor,
+    strain: torch.Tensor,
+    vec: torch.Tensor,
+    row: torch.Tensor,
+    other: torch.Tensor,
+    frame_of_atom: torch.Tensor,
+    differences: Callable[..., torch.Tensor] = pair_differences,
+) -> torch.Tensor:
+    """As potential.kernels.pair_tangents. differences: what pair_differences does."""
+    tangent = differences(atom.contiguous(), row, other)
+    frame = torch.repeat_interleave(frame_of_atom, row.diff(), output_size=len(other))
+    xx, yy, zz, yz, xz, xy = strain[:, frame].unbind(2)
+    x, y, z = vec.unbind(1)
+    stretch = [
+        xx * x + (xy * y + xz * z) / 2,
+        yy * y + (xy * x + yz * z) / 2,
+        zz * z + (xz * x + yz * y) / 2,
+    ]
+    tangent += torch.stack(stretch, dim=2)
+    return tangent
 
 
 evaluate = functools.partial(blocks.evaluate, sys.modules[__name__])

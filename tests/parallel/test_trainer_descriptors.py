@@ -15,10 +15,11 @@ from shards import Manifest
 from trainer.config import TrainerSettings
 from trainer.dataset import Dataset, fit_self_energies, load_dataset
 from trainer.descriptors import describe, join, with_jacobian
-from trainer.fit import fit, role_sums, step_gradient
+from trainer.fit import fit, role_sums
 from trainer.folds import VALID
 from trainer.networks import Networks
 from trainer.problem import Problem
+from trainer.step import step_gradient
 from trainer.world import Solo
 
 ELEMENTS = ("Al", "Cu")
@@ -58,7 +59,7 @@ def test_forces_and_stress_of_training_equal_those_of_the_committee(committee, k
         [with_jacobian(geometry, committee.aev) if kept else geometry for geometry in geometries], committee.aev
     )
     networks = Networks.of(committee)
-    energies, g, _ = networks.forward(networks.take(committee, torch.float64), block.aev, block.species)
+    energies, g, _ = networks.forward(networks.take(committee, torch.float64), block.aev, block.elements)
     forces, virial = block.project(g)
     expected = committee.evaluate(Structures.from_frames(frames, ELEMENTS), forces="members", stress=True)
     stress = virial / torch.tensor([frame.volume_A3 for frame in frames])[:, None]

@@ -13,7 +13,7 @@ from triton.runtime import driver
 
 from potential.aev import AEVParameters
 from potential.config import PotentialSettings
-from potential.kernels import gpu
+from potential.kernels import Layout, gpu
 from potential.structures import Structures
 from shards.frame import Frame
 
@@ -39,16 +39,29 @@ def compile_only(program: Any, grid: tuple[int, ...], *arguments: Any, **constan
 def main() -> None:
     driver.set_active(H200())
     gpu._launch = compile_only
-    p = AEVParameters.from_settings(PotentialSettings(n_angular=2, n_angular_radial=2), 2)
+    p = AEVParameters.from_settings(PotentialSettings(n_radial=4, n_angular=2, n_angular_radial=2), 2)
     pair = Structures.from_frames([Frame([1, 13], [[0, 0, 0], [0, 0, 1.5]])], ("H", "Al"))
     row, other, shift = torch.tensor([0, 1, 2]), torch.tensor([1, 0]), torch.zeros(2, 3, dtype=torch.int32)
+    frame = torch.zeros(2, dtype=torch.int64)
     for dtype in (torch.float32, torch.float64):
         vec = gpu.pair_vectors(pair, row, other, shift, dtype)
         gpu.aev_forward(vec, row, pair.species, p)
         gpu.aev_vjp(vec, row, pair.species, vec.new_zeros(1, 2, p.length), p)
         gpu.aev_jvp(vec, row, pair.species, vec[None], p)
-        gpu.pair_sums(vec[None], row, other)
+        for reverse in (None, other):
+            gpu.pair_sums(vec[None], row, other, reverse)
+        gpu.pair_virials(vec[None], vec, row, frame, 1)
+        gpu.pair_tangents(vec[None], vec.new_zeros(1, 1, 6), vec, row, other, frame)
+        gpu.find_reverse(vec, row, other)
         gpu.celu(vec, 0.1)
+    vec = vec.float()
+    gpu.aev_vjp(vec, row, pair.species, vec.new_zeros(3, 2, p.length), p)
+    gpu.aev_jvp(vec, row, pair.species, vec.expand(3, -1, -1), p)
+    flat, layout = torch.zeros(2, (p.length + 1) * 16 + 17), Layout((p.length, 16, 1), (0, (p.length + 1) * 16))
+    aev, g = torch.zeros(2, p.length), torch.zeros(2, 2, p.length)
+    energies = torch.zeros(2, 2)
+    tape = gpu.forward_layers(flat, layout, 0.1, aev, other, energies, g)
+    gpu.backward_layers(flat, layout, 0.1, tape, aev, other, energies, g, torch.zeros_like(flat))
 
 
 if __name__ == "__main__":

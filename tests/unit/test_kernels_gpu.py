@@ -16,11 +16,12 @@ import torch
 from pretended_device import like, pretended_device
 from test_kernels_evaluate import AEV, CELU_ALPHA, N_MEMBERS, SELF_ENERGIES, stacks
 from test_kernels_native import ALUMINIUM, environments, gap, numeric
+from test_kernels_training import pass_through_layers
 
 pytest.importorskip("triton")
 from potential import kernels
 from potential.kernels import Stack, blocks, gpu, programs, reference
-from potential.neighbours import find_neighbours
+from potential.neighbours import find_neighbours, pair_vectors
 from potential.structures import Structures
 from shards.frame import Frame
 
@@ -47,8 +48,9 @@ def on_device(tensors: tuple[torch.Tensor, ...], dtype: torch.dtype) -> list[tor
 def test_aev_and_its_products_are_those_of_the_reference(p, dtype):
     vec, row, species = environments([11, 0, 1, 7], p)
     random = torch.manual_seed(1)
-    cotangent = torch.randn(2, len(row) - 1, p.length, dtype=torch.float64, generator=random)
-    tangent = torch.randn(2, len(vec), 3, dtype=torch.float64, generator=random)
+    # Of three, float32 goes by way of the Jacobian.
+    cotangent = torch.randn(3, len(row) - 1, p.length, dtype=torch.float64, generator=random)
+    tangent = torch.randn(3, len(vec), 3, dtype=torch.float64, generator=random)
     pairs = vec, row, species
     for name, argument in (("aev_forward", None), ("aev_vjp", cotangent), ("aev_jvp", tangent)):
         arguments = pairs if argument is None else (*pairs, argument)
@@ -90,6 +92,56 @@ def test_empty_inputs_give_empty_or_zero_outputs():
     assert gpu.aev_vjp(vec, two, species, ones, AEV).shape == (3, 0, 3)
     assert not gpu.aev_jvp(vec, two, species, torch.ones(3, 0, 3, device=DEVICE), AEV).any()
     assert not gpu.pair_sums(torch.ones(3, 0, 3, device=DEVICE), two, species).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_sums_over_pairs_and_their_transposes_are_those_of_the_reference(dtype):
+    structures = Structures.from_frames(frames()[2:], ELEMENTS)
+    pairs = find_neighbours(structures, 4.0)
+    random, n_atoms, frame = torch.manual_seed(4), len(structures.positions), structures.frame_of_atom
+    vec = pair_vectors(structures, pairs)
+    values = torch.randn(2, len(vec), 3, dtype=torch.float64, generator=random)
+    atom, strain = (torch.randn(2, n, k, dtype=torch.float64, generator=random) for n, k in ((n_atoms, 3), (2, 6)))
+    reverse = gpu.find_reverse(*on_device((vec, pairs.row, pairs.other), dtype))
+    assert torch.equal(reverse.cpu(), reference.find_reverse(vec, pairs.row, pairs.other))
+    calls = {
+        "pair_sums": (values, pairs.row, pairs.other),
+        "pair_virials": (values, vec, pairs.row, frame),
+        "pair_tangents": (atom, strain, vec, pairs.row, pairs.other, frame),
+    }
+    for name, arguments in calls.items():
+        more = (structures.n_frames,) if name == "pair_virials" else ()
+        truth = getattr(reference, name)(*arguments, *more)
+        there = on_device(arguments, dtype)
+        for last in (more, (reverse,)) if name == "pair_sums" else (more,):
+            assert gap(getattr(gpu, name)(*there, *last).cpu(), numeric(truth)) < TOLERANCE[dtype], name
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_energies_and_the_gradient_of_a_loss_are_those_of_the_reference(dtype, monkeypatch):
+    monkeypatch.setattr(gpu, "CUTS", 4)  # less to fill up with
+    there = pass_through_layers(gpu, dtype, DEVICE)
+    for ours, truth in zip(there, pass_through_layers(reference, torch.float64), strict=True):
+        assert gap(ours.cpu(), numeric(truth)) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("widths", [(11, 7, 1), (150, 72, 100, 30, 1)])
+def test_networks_of_any_width_are_those_of_the_reference(widths):
+    random, n_members = torch.manual_seed(5), 2
+    shapes = [(n_members, n_out, n_in) for n_in, n_out in itertools.pairwise(widths)]
+    weights = [torch.randn(shape, dtype=torch.float64, generator=random) / shape[2] ** 0.5 for shape in shapes]
+    biases = [torch.randn(shape[:2], dtype=torch.float64, generator=random) for shape in shapes]
+    aev, atoms = torch.randn(20, widths[0], dtype=torch.float64, generator=random), torch.randperm(20)[:9]
+    for n_gradients in (n_members, 1, 0):
+        answers = []
+        for module, dtype, device in ((gpu, torch.float32, DEVICE), (reference, torch.float64, "cpu")):
+            energies = torch.full((n_members, 20), 7.0, dtype=dtype, device=device)
+            gradient = torch.full((n_gradients, 20, widths[0]), 7.0, dtype=dtype, device=device)
+            stack = Stack(*([each.to(device, dtype) for each in side] for side in (weights, biases)))
+            module.networks(aev.to(device, dtype), atoms.to(device), stack, CELU_ALPHA, energies, gradient)
+            answers.append((energies.cpu(), gradient.cpu()))
+        for ours, truth in zip(*answers, strict=True):
+            assert not truth.numel() or gap(ours, numeric(truth)) < TOLERANCE[torch.float32]
 
 
 def frames() -> list[Frame]:

@@ -32,7 +32,7 @@ def gap(ours: Tensor, truth: Tensor) -> float:
     return float((ours.double() - truth.double()).abs().max() / truth.double().abs().max())
 
 
-def pass_through_layers(kernels, dtype) -> tuple[Tensor, Tensor, Tensor]:
+def pass_through_layers(kernels, dtype, device="cpu") -> tuple[Tensor, Tensor, Tensor]:
     """Energies, g, and the gradient of a loss, of atoms of two elements."""
     random = torch.manual_seed(0)
     flat = (torch.randn(N_MEMBERS, N_PARAMETERS, generator=random, dtype=torch.float64) / 4).to(dtype)
@@ -40,9 +40,10 @@ def pass_through_layers(kernels, dtype) -> tuple[Tensor, Tensor, Tensor]:
     element = torch.randint(len(LAYOUTS), (N_ATOMS,), generator=random)
     by_energy = torch.randn(N_MEMBERS, N_ATOMS, generator=random, dtype=torch.float64).to(dtype)
     by_g = torch.randn(N_MEMBERS, N_ATOMS, LENGTH, generator=random, dtype=torch.float64).to(dtype)
+    flat, aev, by_energy, by_g = (each.to(device) for each in (flat, aev, by_energy, by_g))
     energies, g, gradient = torch.empty_like(by_energy), torch.empty_like(by_g), torch.zeros_like(flat)
     for number, layout in enumerate(LAYOUTS):
-        atoms = torch.nonzero(element == number).squeeze(1)
+        atoms = torch.nonzero(element == number).squeeze(1).to(device)
         tape = kernels.forward_layers(flat, layout, CELU_ALPHA, aev, atoms, energies, g)
         kernels.backward_layers(flat, layout, CELU_ALPHA, tape, aev, atoms, by_energy, by_g, gradient)
     return energies, g, gradient

@@ -235,7 +235,8 @@ def test_network_gradients_equal_those_of_autograd(n_elements):
     (expected,) = torch.autograd.grad((c * energies).sum() + (v * g).sum(), flat)
     with torch.no_grad():
         found = torch.zeros_like(flat)
-        own_energies, own_g, tape = networks.forward(flat, aev, species)
+        atoms_of_element = [torch.nonzero(species == element).squeeze(1) for element in range(n_elements)]
+        own_energies, own_g, tape = networks.forward(flat, aev, atoms_of_element)
         networks.gradient(flat, tape, c, v, found)
     assert torch.allclose(own_energies, energies, rtol=0, atol=1e-12)
     assert torch.allclose(own_g, g, rtol=1e-12, atol=1e-12)

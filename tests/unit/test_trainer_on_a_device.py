@@ -1,8 +1,6 @@
 """A training step stays on its device and never waits for it; ranks of a node share its GPUs."""
 
 import copy
-import unittest.mock
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,52 +13,103 @@ from potential.committee import Committee
 from potential.config import PotentialSettings
 from potential.kernels import gpu
 from shards import Frame, Label, Level, write_labels
+from trainer import fit
 from trainer.config import TrainerSettings
 from trainer.dataset import load_dataset
-from trainer.fit import step_gradient
+from trainer.fit import role_sums
+from trainer.folds import VALID
 from trainer.networks import Networks
 from trainer.optimiser import Adam
-from trainer.problem import Problem
+from trainer.problem import Problem, _settle
 from trainer.rank import choose_device
+from trainer.step import Steps, step_gradient
 
-N_MEMBERS = 2
+N_MEMBERS = 3
 
 
-@pytest.fixture(scope="module", params=[4.0, 0.0], ids=["kept", "recomputed"])
-def problem(request, tmp_path_factory) -> Problem:
+@pytest.fixture(scope="module")
+def problem(tmp_path_factory) -> Problem:
     """Cells of two elements; no size is there once only: pretended tensors of one number are taken for real ones."""
     rng = np.random.default_rng(0)
     cells = [
         Frame(rng.permutation(np.resize([13, 29], n)), rng.uniform(0, 6, (n, 3)), 6 * np.eye(3), np.ones(3, dtype=bool))
         for n in (3, 5, 3, 5, 2, 2, 2, 2)
     ]
-    rows = [(frame, Label(0.0, rng.normal(size=(frame.n_atoms, 3)), np.zeros((3, 3)))) for frame in cells]
+    rows = [(frame, Label(0.0, rng.normal(size=(frame.n_atoms, 3)), rng.normal(size=(3, 3)))) for frame in cells]
     receipt = write_labels(tmp_path_factory.mktemp("labels") / "cells.h5", Level("random", ""), rows)
-    p = AEVParameters.from_settings(PotentialSettings(radial_cutoff_A=4, angular_cutoff_A=3, n_radial=4), 2)
-    networks = Networks.of(Committee(["Al", "Cu"], p, [(8, 4), (8, 4)], N_MEMBERS))
+    p = AEVParameters.from_settings(
+        PotentialSettings(radial_cutoff_A=4, angular_cutoff_A=3, n_radial=3, n_angular=2, n_angular_radial=2), 2
+    )
+    committee = Committee(["Al", "Cu"], p, [(8, 4), (8, 4)], N_MEMBERS)
+    committee.reset_parameters(seed=0)
+    networks = Networks.of(committee)
     dataset = load_dataset([receipt], ["Al", "Cu"], verify=False)
-    settings = TrainerSettings(jacobian_memory_GB=request.param)
-    with unittest.mock.patch.dict("os.environ", SMELT_KERNELS="reference"):  # what is kept is as on a GPU
-        return Problem(dataset, np.zeros(2), networks, p, ["Al", "Cu"], N_MEMBERS, settings, 0, 1)
+    settings = TrainerSettings(jacobian_memory_GB=0.0, steps_per_epoch=1)
+    shape = networks, p, ["Al", "Cu"], N_MEMBERS, settings
+    return Problem(dataset, np.zeros(2), *shape, 0, 1)
 
 
-def moved(example):
-    """The example on the pretended device, but for its species."""
-    geometry = example.geometry
-    there = {name: like(value) for name, value in vars(geometry).items() if name != "species" and value is not None}
-    species = torch.zeros(len(geometry.species), dtype=torch.int64)
-    return replace(example, geometry=replace(geometry, **there, species=species), target=like(example.target))
+@pytest.fixture(scope="module")
+def parameters(problem) -> torch.Tensor:
+    return torch.randn(N_MEMBERS, problem.networks.n_parameters, generator=torch.manual_seed(0)) / 3
+
+
+def settled(problem: Problem) -> Problem:
+    """The problem as it is on a GPU, with the same structures."""
+    there = copy.copy(problem)
+    there._resident, there._kept = _settle(problem._kept, problem._p), None
+    return there
+
+
+def test_blocks_that_are_gathered_are_those_that_are_joined(problem):
+    part = np.array([5, 0, 3, 4])
+    for ours, theirs in zip(settled(problem)._block(part)[1:], problem._block(part)[1:], strict=True):
+        for name in ("aev", "n_atoms", "frame_of_atom", "energy", "forces", "virial", "volume"):
+            if hasattr(theirs, name):
+                torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), rtol=0, atol=0, equal_nan=True)
+    ours, theirs = settled(problem)._block(part)[1], problem._block(part)[1]
+    assert all(torch.equal(x, y) for x, y in zip(ours.elements, theirs.elements, strict=True))
+    for name in ("vec", "row", "other"):
+        assert torch.equal(getattr(ours._pairs, name), getattr(theirs._pairs, name))
+    assert torch.equal(ours._pairs.vec[ours._pairs.reverse], -ours._pairs.vec)
+
+
+def test_a_step_with_the_gpu_s_programs_is_that_of_the_cpu(problem, parameters, monkeypatch):
+    """Filled up, too: a step of few structures, of which one is another rank's."""
+    few, mine = np.array([1, 4, 5, 6]), np.arange(8) != 5
+    own = copy.copy(problem)
+    own._is_mine = mine
+    share = problem.share(few) / problem.share(few[mine[few]])
+    gradient, errors = step_gradient(own, parameters, few[mine[few]])
+    expected = gradient * share[:, None], errors
+    roles = role_sums(own, parameters, VALID)
+
+    monkeypatch.setenv("SMELT_KERNELS", "gpu")
+    there = settled(own)
+    steps = Steps(there, parameters)
+    for ours, theirs in zip(steps.gradient(few), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()))
+    monkeypatch.setattr(fit, "_at_a_time", lambda parameters: [slice(0, len(parameters))])
+    torch.testing.assert_close(role_sums(there, parameters, VALID), roles, rtol=1e-4, atol=1e-4)
+
+
+def test_more_than_a_recording_has_room_for_is_done_without_it(problem, parameters):
+    recorded = Steps(settled(problem), parameters)._recorded
+    whole = np.arange(8)
+    assert recorded.holds(whole, whole)
+    assert not recorded.holds(np.append(whole, 0), whole)
+    assert not recorded.holds(whole, np.full(7, np.argmax(problem.dataset.n_atoms)))
 
 
 def test_a_step_stays_on_its_device_and_never_waits_for_it(problem, monkeypatch):
     monkeypatch.setenv("SMELT_KERNELS", "gpu")
     monkeypatch.setattr(gpu, "_launch", lambda program, grid, *arguments, **constants: None)
-    monkeypatch.setattr(torch, "nonzero", lambda mask: torch.arange(len(mask))[:, None])  # of species, on the CPU
+    there = settled(problem)
     with pretended_device() as device:
-        there = copy.copy(problem)
-        there.device = torch.device(device)
-        there.learns = like(problem.learns)
-        there._kept = {index: moved(example) for index, example in problem._kept.items()}
+        there.device, there.learns = torch.device(device), like(problem.learns)
+        for name, value in vars(there._resident).items():
+            if isinstance(value, torch.Tensor):
+                setattr(there._resident, name, like(value))
         parameters = torch.empty(N_MEMBERS, problem.networks.n_parameters, device=device)
         gradient, sums = step_gradient(there, parameters, np.arange(8))
         Adam.like(parameters).update(parameters, gradient, torch.ones(N_MEMBERS, device=device))
