@@ -34,7 +34,8 @@ TABLE: dict[str, Any] = {
                   "n_angular_radial": 2, "n_angular": 2, "hidden": [8, 8, 8], "n_members": 2},
     "builder": {"molecules": {"smiles": ["C", "O", "CO", "C=O"], "test_fraction": 0}},
     "sampler": {"timestep_fs": 0.5, "max_time_ps": 0.02, "min_time_ps": 0.0, "check_every": 5, "walkers_per_task": 6,
-                "force_mean_threshold_eV_A": 1e-4, "minimum_distance_A": 0.5, "settle_steps": 0},
+                "force_mean_threshold_eV_A": 1e-4, "minimum_distance_A": 0.5, "settle_steps": 0,
+                "duplicate_distance": 0},  # frames that resemble a chosen one would be passed over
     "labeler": {"engine": TBLITE, "arguments": {"method": "GFN1-xTB", "verbosity": 0}},
     "trainer": {"ranks": 1, "batch": 8, "max_epochs": 4},
     "transfer": {"max_epochs": 4},
@@ -122,6 +123,7 @@ def test_campaign_that_has_ended_is_left_alone_and_goes_on_until_no_frame_is_lef
     assert state.models[-1].n_labels == state.n_train > 14
     held_out, below = labels(run_dir / "higher", "holdout"), labels(run_dir, "holdout")
     assert set(held_out) >= set(below) != set()
+    assert set(held_out) | set(labels(run_dir / "higher", "train")) == set(below) | set(labels(run_dir, "train"))
     assert not set(labels(run_dir / "higher", "train")) & set(below)
     assert state.models[-1].holdout["n_frames"] == len(held_out)
 
