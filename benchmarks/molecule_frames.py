@@ -10,8 +10,11 @@ takes; the others are those that share neither a formula nor a ring scaffold wit
 from __future__ import annotations
 
 import argparse
+import hashlib
 import random
 import sys
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +42,7 @@ def main() -> int:
     parser.add_argument("--test", action="store_true", help="of the molecules that the campaign never samples")
     parser.add_argument("--further", type=Path, nargs="+", help="SMILES, one a line; smaller molecules are left out")
     parser.add_argument("--count", type=int, help="so many of these molecules, drawn at random")
+    parser.add_argument("--per-formula", type=int, help="so many molecules of each formula; first one of each")
     parser.add_argument(
         "--uncertain", type=Path, nargs="+", help="models; only the quarter that they differ on most, in random order"
     )
@@ -51,6 +55,8 @@ def main() -> int:
     library = [molecule for molecule in library if least <= molecule.n_heavy <= most]
     if options.count:
         library = random.Random(options.seed).sample(library, options.count)
+    if options.per_formula:
+        library = of_each_formula(library, options.per_formula)
     frames = []
     for index, molecule in enumerate(library * options.rounds):
         try:
@@ -75,6 +81,20 @@ def _further(options: argparse.Namespace, elements: tuple[str, ...], settings: M
     formulas, scaffolds = ({getattr(each, name) for each in tests} for name in ("formula", "scaffold"))
     larger = {molecule for each in lists for molecule in each if molecule.n_heavy > settings.n_heavy[1]}
     return sorted(each for each in larger if each.formula not in formulas and each.scaffold not in scaffolds - {""})
+
+
+def of_each_formula(library: Sequence[Molecule], count: int) -> list[Molecule]:
+    """At most `count` molecules of every formula: one of each, then a second of each, and so on.
+
+    Their order is random, but the same for any seed: another one gives other geometries of the same molecules.
+    """
+    place = Counter[str]()
+    turns: list[list[Molecule]] = [[] for _ in range(count)]
+    for molecule in sorted(library, key=lambda each: hashlib.sha256(each.smiles.encode()).digest()):
+        if place[molecule.formula] < count:
+            turns[place[molecule.formula]].append(molecule)
+        place[molecule.formula] += 1
+    return [molecule for turn in turns for molecule in turn]
 
 
 def _most_uncertain(frames: list[Frame], models: list[Path], seed: int) -> list[Frame]:

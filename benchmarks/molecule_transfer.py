@@ -21,6 +21,7 @@ import json
 import re
 import sys
 from collections import Counter
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from campaign.config import load_campaign
 from potential.model_file import load_committee
 from potential.structures import Structures
 from shards import Frame, Manifest
+from shards.reader import Shard
 from shards.schema import KCAL_MOL_eV
 from trainer.dataset import fit_self_energies
 from trainer.stage import train, transfer
@@ -83,8 +85,16 @@ class Labels:
 
     @classmethod
     def read(cls, folder: Path) -> Labels:
-        rows = [row for shard in Manifest(folder / "manifest.jsonl").shards() for row in shard.rows()]
+        return cls.of(Manifest(folder / "manifest.jsonl").shards())
+
+    @classmethod
+    def of(cls, shards: Iterable[Shard]) -> Labels:
+        rows = [row for shard in shards for row in shard.rows()]
         return cls({f.id: f for f, _ in rows}, {f.id: label.energy for f, label in rows})
+
+    def without(self, formulas: Collection[str]) -> Labels:
+        frames = {id: frame for id, frame in self.frames.items() if formula_of(frame) not in formulas}
+        return Labels(frames, {id: self.energies[id] for id in frames})
 
 
 def main() -> int:
@@ -121,7 +131,7 @@ def main() -> int:
         pairs = {title: zip(off, errors["larger"][title], strict=True) for title, off in errors["test"].items()}
         _print("all unknown molecules", both, {title: [*map(np.concatenate, each)] for title, each in pairs.items()})
     table = {
-        name: {"formulas": [_formula(frame) for frame in tests[name]["cc"].frames.values()]}
+        name: {"formulas": [formula_of(frame) for frame in tests[name]["cc"].frames.values()]}
         | {title: np.asarray(off).tolist() for title, off in rows.items()}
         for name, rows in errors.items()
     }
@@ -176,17 +186,17 @@ def _all_errors(
 ) -> dict[str, list[Floats]]:
     """Errors of each frame, kcal/mol, by title and seed."""
     frames, exact = list(test["cc"].frames.values()), np.array(list(test["cc"].energies.values()))
-    raised = {level: _constants(data[level], data["cc"], frames, elements) for level in data}
+    raised = {level: constants(data[level], data["cc"], frames, elements) for level in data}
     errors = {}
     for level, title in THEORIES.items():
         if level in test:
             errors[f"{title} itself"] = [np.array(list(test[level].energies.values())) + raised[level] - exact]
     for (step, _), model in models.items():
-        errors.setdefault(step.title, []).append(_energies(model, frames) + raised[step.level] - exact)
+        errors.setdefault(step.title, []).append(energies_of(model, frames) + raised[step.level] - exact)
     return {title: [off / KCAL_MOL_eV for off in rows] for title, rows in errors.items()}
 
 
-def _constants(low: Labels, high: Labels, frames: list[Frame], elements: tuple[str, ...]) -> Floats:
+def constants(low: Labels, high: Labels, frames: list[Frame], elements: tuple[str, ...]) -> Floats:
     """What one constant per element adds to each frame, from training frames that have both labels."""
     both = sorted(set(low.energies) & set(high.energies))
     if low is high or not both:
@@ -201,7 +211,7 @@ def _counts(frames: list[Frame], elements: tuple[str, ...]) -> NDArray[np.int64]
     return np.array([[each.count(element) for element in elements] for each in symbols])
 
 
-def _energies(model: Path, frames: list[Frame]) -> Floats:
+def energies_of(model: Path, frames: list[Frame]) -> Floats:
     committee = load_committee(model)
     structures = Structures.from_frames(frames, committee.elements, torch.float64)
     return np.asarray(committee.evaluate(structures, forces="none").energy.numpy())
@@ -211,7 +221,7 @@ def _print(
     what: str, frames: list[Frame], rows: dict[str, list[Floats]], chosen: list[NDArray[np.int64]] | None = None
 ) -> None:
     """chosen: which frames, by seed."""
-    formulas = [_formula(frame) for frame in frames]
+    formulas = [formula_of(frame) for frame in frames]
     size = f"{len(frames)} frames of {len(set(formulas))} formulas" if chosen is None else f"{len(chosen[0])} frames"
     print(f"\n{what}: {size}, kcal/mol")
     print(f"{'':44} total energies RMSE, MAE, median of errors        differences within a formula, the same")
@@ -272,10 +282,10 @@ SHOWN = ("parent", "transferred", "scratch", "informed-transferred")
 
 
 def _formulas(labels: Labels) -> set[str]:
-    return {_formula(frame) for frame in labels.frames.values()}
+    return {formula_of(frame) for frame in labels.frames.values()}
 
 
-def _formula(frame: Frame) -> str:
+def formula_of(frame: Frame) -> str:
     """Such as C2H6O."""
     counts = Counter(chemical_symbols[number] for number in frame.numbers)
     return "".join(f"{each}{counts[each] if counts[each] > 1 else ''}" for each in ("C", "H", "N", "O") if counts[each])

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from benchmarks.molecule_transfer import Labels, _constants, _formula, _refuse_known, _summary
+from benchmarks.molecule_transfer import Labels, constants, formula_of, _refuse_known, _summary
 from shards import Frame
 
 ELEMENTS = ("H", "C", "N", "O")
@@ -23,8 +23,8 @@ def test_a_shift_by_composition_alone_is_taken_off_whole():
     low = _labels(*formulas)
     high = Labels(low.frames, {id: sum(per_atom[n] for n in frame.numbers) for id, frame in low.frames.items()})
     unknown = _frame([6, 6, 8, 1, 1, 1, 1])
-    assert _constants(low, high, [unknown], ELEMENTS) == pytest.approx([2 * 1.2 - 2.0 - 4 * 0.3])
-    assert _formula(unknown) == "C2H4O"
+    assert constants(low, high, [unknown], ELEMENTS) == pytest.approx([2 * 1.2 - 2.0 - 4 * 0.3])
+    assert formula_of(unknown) == "C2H4O"
 
 
 def test_differences_within_a_formula_know_no_constant():
