@@ -256,8 +256,8 @@ def label(
     if wrong := [i for i in indices if not 0 <= i < n_frames]:
         raise SettingsError(f"--index {wrong[0]}: {frames} has frames 0 to {n_frames - 1}")
     outcome = stage(frames, indices, settings.labeler, settings.campaign.elements, dest, dest / "scratch")
-    for receipt in outcome.receipts:
-        Manifest(dest / "manifest.jsonl").append(receipt)
+    if outcome.receipts:
+        Manifest(dest / "manifest.jsonl").append_all(outcome.receipts)
     _report(outcome)
 
 
@@ -357,7 +357,9 @@ def validate(
 
 @app.command()
 def convert(
-    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="A shard, .xyz, .extxyz, .db, or ANI's HDF5.")],
+    source: Annotated[
+        Path, typer.Argument(metavar="SOURCE", help="A shard, a manifest, .xyz, .extxyz, .db, or ANI's HDF5.")
+    ],
     dest: Annotated[
         Path, typer.Argument(metavar="DEST", help="A name that ends in .h5, .ani.h5, .xyz, .extxyz or .db.")
     ],

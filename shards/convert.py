@@ -4,6 +4,7 @@
 | --- | --- |
 | *.h5, *.hdf5 | a shard; as a source also the HDF5 layout of the public ANI data sets |
 | *.ani.h5 | that layout, as a destination |
+| *.jsonl | a manifest, as a source: all of its shards, one after the other |
 | *.xyz, *.extxyz | extended XYZ, every digit kept |
 | *.db | ASE database |
 """
@@ -15,7 +16,7 @@ import json
 import os
 import sqlite3
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -30,8 +31,9 @@ from shards.ani import read_ani, write_ani
 from shards.atoms import USUAL, ConversionError, Fields, from_atoms, label_from_atoms, level_from_atoms, to_atoms
 from shards.frame import Frame
 from shards.label import Label, Level
+from shards.manifest import Manifest
 from shards.outcome import Receipt
-from shards.reader import open_shard
+from shards.reader import Shard, open_shard
 from shards.schema import FORMAT, PARTIAL_SUFFIX
 from shards.writer import MixedLevelsError, sync, write_frames, write_labels
 
@@ -93,7 +95,8 @@ def convert(
 
     Raises:
         ConversionError: a source that cannot be read, a frame that makes no sense, a `dest` that is there already.
-        ShardError: a shard that cannot be read; MixedLevelsError for labels of different levels of theory.
+        ShardError, ManifestError: a shard or a manifest that cannot be read; MixedLevelsError for labels of different
+            levels of theory.
     """
     source, dest = Path(source), Path(dest)
     write = _writer(dest, frames_per_shard)
@@ -165,10 +168,14 @@ def _read(source: Path, fields: Fields, external: Level, frames_only: bool) -> I
         return _read_atoms(_xyz_frames(source), fields, external, frames_only)
     if source.suffix == ".db":
         return _read_atoms(_db_rows(source), fields, external, frames_only)
+    if source.suffix == ".jsonl":
+        return _read_shards(Manifest(source).shards(), frames_only)
     if source.suffix not in (".h5", ".hdf5"):
-        raise ConversionError(f"{source}: unknown format {source.suffix!r}: must be one of {_FORMATS}")
+        raise ConversionError(
+            f"{source}: unknown format {source.suffix!r}: must be one of {_FORMATS}, .jsonl (manifest)"
+        )
     if _is_shard(source):
-        return _read_shard(source, frames_only)
+        return _read_shards([open_shard(source)], frames_only)
     return _read_ani(source, fields, external, frames_only)
 
 
@@ -181,11 +188,11 @@ def _is_shard(path: Path) -> bool:
         raise ConversionError(f"{path}: HDF5 cannot read it: {error}; copy the file again") from error
 
 
-def _read_shard(source: Path, frames_only: bool) -> Iterator[_Row]:
-    shard = open_shard(source)
-    level = None if frames_only else shard.level
-    for i, frame in enumerate(shard.frames()):
-        yield _Row(f"{source}: frame {i}", frame, shard.label(i) if level else None, level)
+def _read_shards(shards: Iterable[Shard], frames_only: bool) -> Iterator[_Row]:
+    for shard in shards:
+        level = None if frames_only else shard.level
+        for i, frame in enumerate(shard.frames()):
+            yield _Row(f"{shard.path}: frame {i}", frame, shard.label(i) if level else None, level)
 
 
 def _read_ani(source: Path, fields: Fields, external: Level, frames_only: bool) -> Iterator[_Row]:

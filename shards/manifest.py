@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -39,21 +39,29 @@ class Manifest:
             MissingShardError, AlteredShardError: the file is not there, or not of the receipt's size.
             ManifestError: a line that is not a receipt.
         """
-        _check_size(receipt)
-        relative = os.path.relpath(Path(receipt.path).absolute(), self.path.parent.absolute())
-        line = json.dumps(asdict(replace(receipt, path=Path(relative).as_posix()))) + "\n"
+        return self.append_all([receipt]) == 1
+
+    def append_all(self, receipts: Sequence[Receipt]) -> int:
+        """Add receipts at once, all on disk when this returns; how many of them were not in the list already.
+
+        Raises:
+            As `append` does; then none has been added.
+        """
+        for receipt in receipts:
+            _check_size(receipt)
         with self._locked() as file:
             content = file.read()
             whole = content[: content.rfind(b"\n") + 1]
-            if any(known.digest == receipt.digest for known in self._parse(whole)):
-                return False
-            os.ftruncate(file.fileno(), len(whole))
-            file.write(line.encode())
-            file.flush()
-            os.fsync(file.fileno())
-        if not content:
+            known = {receipt.digest for receipt in self._parse(whole)}
+            added = {receipt.digest: receipt for receipt in receipts if receipt.digest not in known}
+            if added:
+                os.ftruncate(file.fileno(), len(whole))
+                file.write("".join(map(self._line, added.values())).encode())
+                file.flush()
+                os.fsync(file.fileno())
+        if added and not content:
             sync(self.path.parent)
-        return True
+        return len(added)
 
     def receipts(self) -> tuple[Receipt, ...]:
         """All receipts, with paths that can be opened; none when there is no manifest yet.
@@ -88,6 +96,10 @@ class Manifest:
                     f" {receipt.digest[:16]}): restore the file, or take its line out of the manifest"
                 )
             yield shard
+
+    def _line(self, receipt: Receipt) -> str:
+        relative = os.path.relpath(Path(receipt.path).absolute(), self.path.parent.absolute())
+        return json.dumps(asdict(replace(receipt, path=Path(relative).as_posix()))) + "\n"
 
     def _parse(self, content: bytes) -> list[Receipt]:
         receipts = []

@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from shards_examples import LEVEL, assert_same_frame, assert_same_label, example_rows, frames, labeled
 
-from shards import Frame, Label, Level, MixedLevelsError, TruncatedShardError, open_shard, write_labels
+from shards import Frame, Label, Level, Manifest, MixedLevelsError, TruncatedShardError, open_shard, write_labels
 from shards.convert import (
     ConversionError,
     Fields,
@@ -324,6 +324,19 @@ def test_many_frames_become_several_shards(tmp_path: Path) -> None:
         convert(tmp_path / "a.h5", tmp_path / "part.h5", frames_per_shard=5)
     shards = [open_shard(Path(receipt.path)) for receipt in conversion.receipts]
     assert [frame_id for shard in shards for frame_id in shard.ids] == [frame.id for frame, _ in rows]
+
+
+def test_the_shards_of_a_manifest_become_one(tmp_path: Path) -> None:
+    rows = example_rows(5)
+    manifest = Manifest(tmp_path / "manifest.jsonl")
+    for name, part in (("a", rows[:2]), ("b", rows[2:])):
+        manifest.append(write_labels(tmp_path / f"{name}.h5", LEVEL, part))
+    conversion = convert(manifest.path, tmp_path / "all.h5")
+    shard = open_shard(conversion.paths[0])
+    assert shard.ids == [frame.id for frame, _ in rows]
+    assert_same_label(shard.label(4), rows[4][1])
+    with pytest.raises(ConversionError, match=r"none\.jsonl: no such file"):
+        convert(tmp_path / "none.jsonl", tmp_path / "other.h5")
 
 
 def test_levels_of_theory_are_never_mixed(tmp_path: Path) -> None:

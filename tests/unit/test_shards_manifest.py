@@ -64,6 +64,21 @@ def test_the_same_content_is_listed_once(manifest: Manifest, tmp_path: Path) -> 
     assert manifest.n_frames == 2
 
 
+def test_many_receipts_are_added_at_once_each_content_once(manifest: Manifest, tmp_path: Path) -> None:
+    receipts = [shard(tmp_path, seed) for seed in range(3)]
+    manifest.append(receipts[1])
+    assert manifest.append_all([*receipts, receipts[2]]) == 2
+    assert [receipt.digest for receipt in manifest.receipts()] == [receipts[index].digest for index in (1, 0, 2)]
+    assert manifest.append_all(receipts) == 0
+
+
+def test_of_many_receipts_none_is_added_when_one_is_wrong(manifest: Manifest, tmp_path: Path) -> None:
+    receipts = [shard(tmp_path, seed) for seed in range(2)]
+    with pytest.raises(AlteredShardError, match="its receipt says 1"):
+        manifest.append_all([receipts[0], replace(receipts[1], n_bytes=1)])
+    assert manifest.receipts() == ()
+
+
 @pytest.mark.parametrize("tail", [b'{"path": "shard-9.h5", "ki', b"\0\0\0\0", b'{"path": "a\xff'])
 def test_a_torn_last_line_is_passed_over_and_repaired(manifest: Manifest, tmp_path: Path, tail: bytes) -> None:
     manifest.append(shard(tmp_path, 0))
