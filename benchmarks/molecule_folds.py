@@ -1,6 +1,6 @@
 """Does a transferred committee beat its parent's DFT on every formula that coupled cluster kept from it, each in turn?
 
-    python benchmarks/molecule_folds.py CONFIG LABELS DEST
+    python -m benchmarks.molecule_folds CONFIG LABELS DEST
 
 LABELS holds shards of labels: xtb.h5 (GFN2-xTB) and dft.h5 (wB97X/6-31G*) to train parents on, cc.h5 (CCSD(T)*/CBS) and
 dft-tested.h5 (wB97X), both of the frames that are tested on, none of which is in the others. The tested formulas, those
@@ -65,7 +65,7 @@ def main() -> int:
     exact, low = (Labels.of([open_shard(options.labels / f"{name}.h5")]) for name in ("cc", "dft-tested"))
     ids = [id for id, frame in exact.frames.items() if id in low.frames and (frame.numbers > 1).sum() >= FEWEST_HEAVY]
     formulas = [formula_of(exact.frames[id]) for id in ids]
-    folds = deal(set(formulas), N_FOLDS)
+    folds = [fold for fold in deal(set(formulas), N_FOLDS) if fold]
     _refuse_trained(options.labels, set(exact.frames))
     errors: dict[str, list[Floats]] = {ITSELF: [np.full(len(ids), np.nan)]}
     for place, seed in enumerate(options.seeds):

@@ -1,6 +1,6 @@
 """Does a transferred committee beat the DFT it was first trained on, and one trained on coupled cluster alone?
 
-    python benchmarks/molecule_transfer.py configs/chno-small.toml LABELS DEST
+    python -m benchmarks.molecule_transfer configs/chno-small.toml LABELS DEST
 
 docs/molecules.md says how LABELS is made: folders of labels to train on, xtb (GFN2-xTB; may be missing), dft
 (wB97X/6-31G*) and cc (CCSD(T)*/CBS), and to test on, xtb-test, dft-test and cc-test, of molecules whose formulas no

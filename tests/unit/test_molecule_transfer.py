@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from benchmarks.molecule_transfer import Labels, constants, formula_of, _refuse_known, _summary
+from benchmarks.molecule_transfer import Labels, _refuse_known, _summary, constants, formula_of
 from shards import Frame
 
 ELEMENTS = ("H", "C", "N", "O")
