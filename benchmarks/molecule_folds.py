@@ -85,6 +85,7 @@ def main() -> int:
     report(formulas, errors)
     table = {"formulas": formulas, "frames": ids} | {title: np.array(off).tolist() for title, off in errors.items()}
     (options.dest / "errors.json").write_text(json.dumps(table, indent=1))
+    _plot(errors, options.dest / "errors.png")
     return 0
 
 
@@ -184,6 +185,25 @@ def interval(
         differences.append(means[0] - means[1])
     low, high = np.percentile(differences, [2.5, 97.5])
     return float(low), float(high)
+
+
+def _plot(errors: dict[str, list[Floats]], path: Path) -> None:
+    """What share of the frames, those of all seeds together, is within an error."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for place, (title, by_seed) in enumerate(errors.items()):
+        sizes = np.sort(np.abs(np.concatenate(by_seed)))
+        share = np.arange(1, len(sizes) + 1) / len(sizes)
+        axes.step(sizes, share, where="post", color="0.3" if title == ITSELF else f"C{place - 1}", label=title)
+    axes.set_xscale("log")
+    axes.set_xlim(left=0.1)
+    axes.set_ylim(0, 1)
+    axes.set_xlabel("error of the total energy against CCSD(T)*/CBS, kcal/mol")
+    axes.set_ylabel("share of frames within it")
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=150)
 
 
 if __name__ == "__main__":
