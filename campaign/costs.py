@@ -107,7 +107,7 @@ class Chance:
         n, generations = sampler.walkers_per_task, self._costs.triggered
         share = generations[min(task.inputs["generation"], len(generations)) - 1]
         n_triggered = sum(self._rng.random() < share for _ in range(n))
-        n_left = n if sampler.on_timeout == "most_uncertain" else n_triggered
+        n_left = n if sampler.on_timeout != "none" else n_triggered
         n_duplicates = round(n_left * self._costs.duplicates)
         facts = {
             "walkers": n,

@@ -59,6 +59,7 @@ from campaign.stop import Request, forget_stop, stop_request
 from campaign.tasks import candidates_path, parent_of, scratch_folder, stage_call
 from campaign.versions import revision, versions
 from campaign.worker import forget_work, has_begun, perform, read_outcome
+from sampler.triggers import severity
 from shards.frame import Frame
 from shards.outcome import Failure, FailureClass, Outcome, Timing
 from shards.reader import ShardError, open_shard
@@ -457,9 +458,15 @@ class Driver:
             return []
         # The first model needs every bootstrap label, and what counts is the error where walkers go.
         held_out = holdout_of(new, self._settings.holdout_fraction) if kind == "walker" else ()
-        rows = [[f, frames[f][0], frames[f][1].n_atoms, _spread(frames[f][1]), f in held_out] for f in new]
+        rows = [[f, frames[f][0], frames[f][1].n_atoms, self._severity(frames[f][1]), f in held_out] for f in new]
         relative = path.relative_to(self._run_dir).as_posix()
         return [("frames_queued", {"path": relative, "kind": kind, "generation": generation, "frames": rows})]
+
+    def _severity(self, frame: Frame) -> float:
+        """By the committee that a walker stopped with; 0 when no model was asked."""
+        origin = frame.origin
+        found = severity(origin.energy_spread, origin.force_spread, self._config.sampler)
+        return found if math.isfinite(found) else 0.0
 
     def _ranking_events(self, task: Task, outcome: Outcome) -> list[Event]:
         """Drop queued walker frames that the newest model is sure of, or that resemble a less sure one."""
@@ -468,7 +475,8 @@ class Driver:
         asked = [c.frame for c in queue if c.kind == "walker" and c.frame in scores]
         sure = [frame for frame in asked if not scores[frame][3]]
         similar = [frame for frame in asked if scores[frame][3] and frame not in order]
-        spreads = {frame: scores[frame][1] for frame in asked if frame in order}
+        settings = self._config.sampler
+        spreads = {frame: severity(scores[frame][0], scores[frame][1], settings) for frame in asked if frame in order}
         return [
             ("frames_ranked", {"generation": task.inputs["generation"], "spreads": spreads}),
             ("frames_dropped", {"frames": sure, "reason": "sure"}),
@@ -519,12 +527,6 @@ def _end_event(task: Task, outcome: Outcome) -> Event:
     # Per-frame facts have been recorded as events of their own.
     facts = {key: value for key, value in outcome.facts.items() if key not in PER_FRAME}
     return "task_finished", {"task": task.id, "timing": timing, "facts": _finite(facts)}
-
-
-def _spread(frame: Frame) -> float:
-    """Mean force spread at which a walker stopped, eV/A; 0 when no model was asked."""
-    spread = frame.origin.force_spread
-    return spread if math.isfinite(spread) else 0.0
 
 
 def _finite(value: Any) -> Any:

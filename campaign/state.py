@@ -39,7 +39,7 @@ EVENTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "task_finished": ("task", "timing", "facts"),
         "task_failed": ("task", "timing", "failure"),  # failure: kind, message, log
         "frames_queued": ("path", "kind", "generation", "frames"),  # frames: [id, index, n_atoms, spread, holdout]
-        "frames_ranked": ("generation", "spreads"),  # spreads: {frame: eV/A}
+        "frames_ranked": ("generation", "spreads"),  # spreads: {frame: in units of its threshold}
         "frames_dropped": ("frames", "reason"),
         "labeled": ("frame", "receipt"),
         "label_failed": ("frame", "failure"),
@@ -71,7 +71,7 @@ class Candidate:
     n_atoms: int
     kind: str  # bootstrap | walker
     holdout: bool
-    spread: float  # mean force spread by the model of `generation`, eV/A; 0 for bootstrap frames
+    spread: float  # by the model of `generation`, in units of its threshold (its severity); 0 for bootstrap frames
     generation: int  # model that ranked it last; 0: none
     attempts: int = 0  # labels of it that failed, by its own fault or that of the code
     losses: int = 0  # labels of it that went with their node or block

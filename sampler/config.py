@@ -231,8 +231,10 @@ class SamplerSettings(Settings):
     """When a walker runs away or comes too close, its last good frame is kept if the spread there was above this
     fraction of a threshold. 0 keeps all of them; a large number none."""
 
-    on_timeout: Literal["none", "most_uncertain"] = "none"
-    """What a walker returns that reached max_time_ps: nothing, or the frame of its largest mean force spread."""
+    on_timeout: Literal["none", "most_uncertain", "last"] = "none"
+    """What a walker returns that reached max_time_ps: nothing, the frame that its committee was least sure of, or the
+    last one. The former is most often of its hottest time; the last of a walker that cooled down is what it settled in,
+    such as a crystal."""
 
     settle_steps: Annotated[int, Field(ge=0, le=1000)] = 10
     """Steps of capped steepest descent on the committee before the dynamics of a walker start: they take the edge

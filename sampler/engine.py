@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from sampler.batch import Batch, Snapshot, Walker, join, start_batch
 from sampler.config import SamplerSettings
 from sampler.dynamics import Dynamics, ForceModel
-from sampler.triggers import TRIGGERS, Verdict, is_elevated, judge
+from sampler.triggers import TRIGGERS, Spread, Verdict, is_elevated, judge, severity
 from shards.frame import Frame, Origin
 
 __all__ = ["Ended", "Tally", "run_walkers"]
@@ -108,9 +108,13 @@ def _promote(walker: Walker, settings: SamplerSettings) -> Verdict:
         walker.last_good = walker.current
     if verdict in (Verdict.RUNNING, Verdict.TIMEOUT):
         best = walker.most_uncertain
-        if best is None or walker.current.spread.force_mean > best.spread.force_mean:
+        if best is None or _severity(walker.current.spread, settings) > _severity(best.spread, settings):
             walker.most_uncertain = walker.current
     return verdict
+
+
+def _severity(spread: Spread, settings: SamplerSettings) -> float:
+    return severity(spread.energy, spread.force_mean, settings)
 
 
 def _end(walker: Walker, verdict: Verdict, settings: SamplerSettings, model_digest: str) -> Ended:
@@ -124,7 +128,7 @@ def _snapshot_left(walker: Walker, verdict: Verdict, settings: SamplerSettings) 
     if verdict in TRIGGERS:
         return walker.current
     if verdict == Verdict.TIMEOUT:
-        return walker.most_uncertain if settings.on_timeout == "most_uncertain" else None
+        return {"none": None, "most_uncertain": walker.most_uncertain, "last": walker.current}[settings.on_timeout]
     last_good = walker.last_good
     return last_good if last_good and is_elevated(last_good.spread, settings) else None
 

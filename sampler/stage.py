@@ -28,7 +28,7 @@ from sampler.scoring import fingerprints, measure_spreads, predict_energies
 from sampler.selection import select
 from sampler.starts import open_starts
 from sampler.streams import derive_seed
-from sampler.triggers import TRIGGERS, Spread, Verdict, is_wanted
+from sampler.triggers import TRIGGERS, Spread, Verdict, is_wanted, severity
 from shards.frame import Frame
 from shards.label import Label
 from shards.manifest import Manifest
@@ -95,7 +95,8 @@ def sample(
     with clock.phase("selection"):
         if builder.molecules.given and builder.molecules.cut_molecules:
             candidates = cut_clusters(committee, candidates, builder.molecules.cut_molecules)
-        scores = np.array([frame.origin.force_spread for frame in candidates])
+        origins = [frame.origin for frame in candidates]
+        scores = np.array([severity(origin.energy_spread, origin.force_spread, settings) for origin in origins])
         chosen = select(fingerprints(committee, candidates), scores, distance=settings.duplicate_distance)
     receipt = write_frames(dest, [candidates[index] for index in chosen])
     facts = _facts(tally) | {"n_frames": len(chosen), "n_duplicates": len(candidates) - len(chosen)}
@@ -123,7 +124,7 @@ def rank(model: Path, frames: Sequence[Path], settings: SamplerSettings, known: 
     uncertain = [i for i, want in enumerate(wanted) if want]
     chosen = select(
         fingerprints(committee, [candidates[i] for i in uncertain]),
-        np.array([spreads[i].force_mean for i in uncertain]),
+        np.array([severity(spreads[i].energy, spreads[i].force_mean, settings) for i in uncertain]),
         distance=settings.duplicate_distance,
         known=fingerprints(committee, _load(known)),
     )

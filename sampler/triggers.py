@@ -11,7 +11,7 @@ from enum import StrEnum
 
 from sampler.config import SamplerSettings
 
-__all__ = ["TRIGGERS", "Reading", "Spread", "Verdict", "is_elevated", "is_wanted", "judge", "trigger_of"]
+__all__ = ["TRIGGERS", "Reading", "Spread", "Verdict", "is_elevated", "is_wanted", "judge", "severity", "trigger_of"]
 
 
 class Verdict(StrEnum):
@@ -79,6 +79,18 @@ def trigger_of(spread: Spread, settings: SamplerSettings, fraction: float = 1.0)
     return Verdict.RUNNING
 
 
+def severity(energy_spread: float, force_spread: float, settings: SamplerSettings) -> float:
+    """How unsure a committee is of a frame, to compare frames by.
+
+    That is the larger of its energy spread, eV, and its mean force spread, eV/A, in units of their thresholds.
+
+    The force spread alone would call it sure of crystals, where all forces are zero by symmetry.
+    """
+    force = force_spread / settings.force_mean_threshold_eV_A
+    energy_threshold = settings.energy_threshold_meV / 1000
+    return max(force, energy_spread / energy_threshold) if energy_threshold else force
+
+
 def is_elevated(spread: Spread, settings: SamplerSettings) -> bool:
     """Whether the last good frame of a run that blew up deserves a label."""
     return bool(trigger_of(spread, settings, settings.elevated_fraction))
@@ -87,7 +99,7 @@ def is_elevated(spread: Spread, settings: SamplerSettings) -> bool:
 def is_wanted(spread: Spread, trigger: str, settings: SamplerSettings) -> bool:
     """Whether a candidate that a walker left because of `trigger` is still worth its label by a newer spread."""
     if trigger == Verdict.TIMEOUT:
-        return settings.on_timeout == "most_uncertain"
+        return settings.on_timeout != "none"
     if trigger in (Verdict.TOO_CLOSE, Verdict.RUNAWAY):
         return is_elevated(spread, settings)
     return bool(trigger_of(spread, settings))

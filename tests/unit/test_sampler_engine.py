@@ -137,8 +137,8 @@ def test_walker_hotter_than_allowed_runs_away():
     assert (ended[0].verdict, ended[0].time_fs) == ("runaway", 0.0)
 
 
-@pytest.mark.parametrize("policy", ["none", "most_uncertain"])
-def test_time_out_leaves_nothing_or_the_most_uncertain_frame_of_the_run(policy):
+@pytest.mark.parametrize("policy", ["none", "most_uncertain", "last"])
+def test_time_out_leaves_nothing_or_the_most_uncertain_or_last_frame_of_the_run(policy):
     settings = constant_conditions(800.0, check_every=10, max_time_ps=0.2, force_mean_threshold_eV_A=99.0)
     settings = settings.model_copy(update={"on_timeout": policy})
     model = Trap(disagreement=1.0)
@@ -148,7 +148,8 @@ def test_time_out_leaves_nothing_or_the_most_uncertain_frame_of_the_run(policy):
         assert ended[0].frame is None
     else:
         found = readings(model, settings, 0, atoms_at_sites(4), 21)
-        best = max(found, key=lambda pair: pair[0].spread.force_mean)[1]
+        left = found[-1] if policy == "last" else max(found, key=lambda pair: pair[0].spread.force_mean)
+        best = left[1]
         assert np.array_equal(ended[0].frame.positions, best.positions)
         assert ended[0].frame.origin.time_fs == best.time_fs
 

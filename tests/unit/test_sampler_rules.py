@@ -10,7 +10,7 @@ from sampler.config import SamplerSettings
 from sampler.schedules import Schedule, draw_schedule
 from sampler.selection import relative_distances, select
 from sampler.streams import Purpose, derive_seed, open_stream
-from sampler.triggers import Reading, Spread, Verdict, is_elevated, is_wanted, judge
+from sampler.triggers import Reading, Spread, Verdict, is_elevated, is_wanted, judge, severity
 from shards.settings import SettingsError, parse_settings
 
 SCHEDULE = Schedule(
@@ -97,7 +97,19 @@ def test_candidates_are_judged_again_by_the_rule_that_kept_them():
     assert not is_wanted(between, "force_mean", SETTINGS)
     assert is_wanted(between, "runaway", SETTINGS)
     assert not is_wanted(between, "timeout", SETTINGS)
-    assert is_wanted(between, "timeout", SETTINGS.model_copy(update={"on_timeout": "most_uncertain"}))
+    for policy in ("most_uncertain", "last"):
+        assert is_wanted(between, "timeout", SETTINGS.model_copy(update={"on_timeout": policy}))
+
+
+def test_crystal_without_force_spread_is_as_severe_as_its_energy_spread():
+    settings = SETTINGS.model_copy(update={"force_mean_threshold_eV_A": 0.1, "energy_threshold_meV": 5.0})
+    assert severity(0.015, 0.0, settings) == pytest.approx(3)
+    assert severity(0.015, 0.4, settings) == pytest.approx(4)
+
+
+def test_severity_is_of_the_forces_alone_where_energies_trigger_nothing():
+    settings = SETTINGS.model_copy(update={"force_mean_threshold_eV_A": 0.1, "energy_threshold_meV": 0.0})
+    assert severity(99.0, 0.05, settings) == pytest.approx(0.5)
 
 
 def test_minimum_time_beyond_maximum_time_is_refused():
