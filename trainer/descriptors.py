@@ -33,7 +33,7 @@ from potential.neighbours import find_neighbours, pair_vectors
 from potential.structures import Structures
 from trainer.loss import References, Weights, pulls
 
-__all__ = ["Block", "Geometry", "Pairs", "describe", "jacobian_numbers", "join", "recomputed", "with_jacobian"]
+__all__ = ["Block", "Geometry", "Pairs", "Recomputed", "describe", "jacobian_numbers", "join", "with_jacobian"]
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def with_jacobian(geometry: Geometry, p: AEVParameters) -> Geometry:
     units = torch.eye(3 * n + 6, dtype=geometry.aev.dtype, device=geometry.aev.device)
     forces, virial = units[:, : 3 * n].reshape(-1, n, 3), units[:, None, 3 * n :]
     block = join([geometry], p)
-    assert isinstance(block, _Recomputed)
+    assert isinstance(block, Recomputed)
     rows = block.lift(forces.contiguous(), virial.contiguous())
     return Geometry(
         geometry.species,
@@ -145,20 +145,7 @@ def join(geometries: Sequence[Geometry], p: AEVParameters) -> Block:
     if kept:
         return _Kept(elements, aev, n_atoms, frame_of_atom, kept)
     pairs = _join_pairs(geometries)
-    return _Recomputed(elements, _placed(species, aev.device), aev, n_atoms, frame_of_atom, pairs, p)
-
-
-def recomputed(
-    elements: Sequence[Tensor],
-    species: Tensor,
-    aev: Tensor,
-    n_atoms: Tensor,
-    frame_of_atom: Tensor,
-    pairs: Pairs,
-    p: AEVParameters,
-) -> Block:
-    """Structures that are joined already, on one device. species: (N,); the others as in Block."""
-    return _Recomputed(elements, species, aev, n_atoms, frame_of_atom, pairs, p)
+    return Recomputed(elements, _placed(species, aev.device), aev, n_atoms, frame_of_atom, pairs, p)
 
 
 def _placed(values: Tensor, device: torch.device) -> Tensor:
@@ -201,7 +188,9 @@ class _Kept(Block):
         return respond(self._jacobians, truth.targets, g, scale, *strengths)
 
 
-class _Recomputed(Block):
+class Recomputed(Block):
+    """By the kernels. species: (N,), on the device of the others, which are as in Block."""
+
     def __init__(
         self,
         elements: Sequence[Tensor],

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from potential.aev import AEVParameters
 from potential.kernels import find_reverse
-from trainer.descriptors import Block, Geometry, Pairs, recomputed
+from trainer.descriptors import Block, Geometry, Pairs, Recomputed
 from trainer.loss import References
 
 __all__ = ["Resident", "Size"]
@@ -109,7 +109,7 @@ class Resident:
             n_atoms=n_atoms,
             frame_of_atom=frame_of_atom,
         )
-        return recomputed(elements, species, aev, n_atoms, frame_of_atom, listed, self._p), truth
+        return Recomputed(elements, species, aev, n_atoms, frame_of_atom, listed, self._p), truth
 
     def _gather(
         self, which: Tensor, first: Tensor, counts: Tensor, total: int, n_here: int, fill: bool
