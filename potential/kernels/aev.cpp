@@ -73,6 +73,7 @@ template <class T> class Worker {
     using V = typename S::V;
     static constexpr int W = S::W;
     static constexpr int RESULT = CHUNK + 2 * W;      // a result per pair, with a vector of slack at both ends
+    static constexpr int TOGETHER = W < 4 ? 1 : W / 4; // cotangents whose sums over a segment fill vectors
 
     const AevShape& shape;
     const int n_species, n_radial, n_a, n_z, a_pad, z_pad, n_items;
@@ -85,7 +86,7 @@ template <class T> class Worker {
     Segment* segments;
     int n_segments = 0, slots_max = 0;
     V* sums;                                          // (n_items, a_pad, z_pad) lanes of the outer products
-    T *coefficients, *per_slot, *scratch;
+    T *coefficients, *per_slot, *of_first, *scratch;
 
 public:
     const int length;
@@ -117,11 +118,12 @@ private:
         for (T** a : {&R, &dR, &U}) *a = arena.take<T>(a_pad * CHUNK);
         for (T** a : {&Z, &dZ, &dU}) *a = arena.take<T>(z_pad * CHUNK);
         tangents = arena.take<T>(n_items * 3 * (CHUNK + W));
-        results = arena.take<T>(3 * RESULT);
+        results = arena.take<T>(n_items * 3 * RESULT);
         segments = arena.take<Segment>(CHUNK);
         sums = arena.take<V>(n_items * a_pad * z_pad);
         coefficients = arena.take<T>(size_t(n_items) * (radial_pad > a_pad * z_pad ? radial_pad : a_pad * z_pad));
-        per_slot = arena.take<T>(size_t(n_items) * 8 * slots_max);
+        per_slot = arena.take<T>(size_t(n_items) * 4 * slots_max);
+        of_first = arena.take<T>(size_t(first_step()) * slots_max);
         scratch = arena.take<T>(3 * slots_max);
     }
 
@@ -142,7 +144,9 @@ private:
     }
 
     // Quantity q of every neighbour for one cotangent or tangent.
-    T* slot_array(int item, int q) const { return per_slot + (8 * item + q) * slots_max; }
+    T* slot_array(int item, int q) const { return per_slot + (4 * item + q) * slots_max; }
+    // Quantities of all items for the first neighbour of pairs: number 4 item + q of a row, a row for each slot.
+    int first_step() const { return round_up(4 * n_items, W); }
 
     void find(Neighbours<T>& list, const Edges<T>& edges, T cutoff);
     void measure(Neighbours<T>& list, T cutoff);
@@ -157,8 +161,9 @@ private:
     void radial_forward(T* out);
     template <int M> void radial_vjp(Items<const T> cotangent, Items<T> out, int item);
     template <int M> void radial_jvp(Items<T> out, int item);
-    void contract(int n, const T* g);
-    void scatter(int item);
+    void contract(int n, int item);
+    template <int M> void scatter(int item);
+    void add_first();
     void store_gradients(T* out, int item);
     void load_tangents(const Neighbours<T>& list, const T* tangent, int item);
 };
@@ -370,7 +375,8 @@ template <class T> void Worker<T>::store_sums(const V* sum, T* out) {
 
 // With g_z = sum_a R_a G[a][z] and h_z = sum_a dR_a G[a][z], the three numbers of a pair:
 // results = (sum_z g_z Z_z, sum_z h_z Z_z, sum_z g_z dZ_z), still without the weight P.
-template <class T> void Worker<T>::contract(int n, const T* g) {
+template <class T> void Worker<T>::contract(int n, int item) {
+    const T* g = coefficients + item * a_pad * z_pad;
     for (int t = 0; t < n; t += W) {
         V value{}, by_r{}, by_cosine{};
         for (int z = 0; z < z_pad; z += BLOCK) {
@@ -388,45 +394,75 @@ template <class T> void Worker<T>::contract(int n, const T* g) {
                 by_cosine += left[q] * S::load(dZ + (z + q) * CHUNK + t);
             }
         }
-        T* out = results + W + t;
+        T* out = results + item * 3 * RESULT + W + t;
         S::store(out, value), S::store(out + RESULT, by_r), S::store(out + 2 * RESULT, by_cosine);
     }
 }
 
-// Add the pairs' results to their two neighbours: (dE/dr, dE/du (3)) of k in per_slot[0..4], those of j in [4..8]. Two
-// places, because a vector load that overlaps a scalar just stored has to wait for it.
-template <class T> void Worker<T>::scatter(int item) {
+// Add the pairs' results of M items to their two neighbours: (dE/dr, dE/du (3)) of k in slot_array, those of j in `of_first`.
+// Two places, because a vector load that overlaps a scalar just stored has to wait for it.
+template <class T> template <int M> void Worker<T>::scatter(int item) {
     const Neighbours<T> a = angular;                  // a copy: the stores below cannot change its pointers
-    T *second[4], *first[4];
-    for (int q = 0; q < 4; ++q) second[q] = slot_array(item, q), first[q] = slot_array(item, 4 + q);
+    T* second[M][4];
+    for (int m = 0; m < M; ++m)
+        for (int q = 0; q < 4; ++q) second[m][q] = slot_array(item + m, q);
     for (int s = 0; s < n_segments; ++s) {
         const Segment& g = segments[s];
         const int end = g.k + g.n;
-        const T fc = a.fc[g.j], x = fc * a.x[g.j], y = fc * a.y[g.j], z = fc * a.z[g.j];
-        V by_r{}, by_fc{}, tx{}, ty{}, tz{};
+        const T fc = a.fc[g.j], x = fc * a.x[g.j], y = fc * a.y[g.j], z = fc * a.z[g.j], dfc = a.dfc[g.j];
+        V by_r[M] = {}, by_fc[M] = {}, total[4 * M] = {};
         for (int k = g.k / W * W; k < end; k += W) {
-            const T* pair = results + W + g.at + (k - g.k);
             const typename S::Mask mask = S::lanes(g.k - k, end - k);
-            V fck = S::load(a.fc + k), value = S::load_masked(pair, mask);
-            V slope = S::load_masked(pair + RESULT, mask) * (T(0.5) * fck);
-            V turn = S::load_masked(pair + 2 * RESULT, mask) * fck;
-            S::store(second[0] + k, S::load(second[0] + k) + (slope + value * S::load(a.dfc + k)) * fc);
-            S::store(second[1] + k, S::load(second[1] + k) + turn * x);
-            S::store(second[2] + k, S::load(second[2] + k) + turn * y);
-            S::store(second[3] + k, S::load(second[3] + k) + turn * z);
-            by_r += slope, by_fc += value * fck;
-            tx += turn * S::load(a.x + k), ty += turn * S::load(a.y + k), tz += turn * S::load(a.z + k);
+            const V fck = S::load(a.fc + k), dfck = S::load(a.dfc + k);
+            for (int m = 0; m < M; ++m) {
+                const T* pair = results + (item + m) * 3 * RESULT + W + g.at + (k - g.k);
+                V value = S::load_masked(pair, mask), slope = S::load_masked(pair + RESULT, mask) * (T(0.5) * fck);
+                V turn = S::load_masked(pair + 2 * RESULT, mask) * fck;
+                S::store(second[m][0] + k, S::load(second[m][0] + k) + (slope + value * dfck) * fc);
+                S::store(second[m][1] + k, S::load(second[m][1] + k) + turn * x);
+                S::store(second[m][2] + k, S::load(second[m][2] + k) + turn * y);
+                S::store(second[m][3] + k, S::load(second[m][3] + k) + turn * z);
+                by_r[m] += slope, by_fc[m] += value * fck;
+                total[4 * m + 1] += turn * S::load(a.x + k), total[4 * m + 2] += turn * S::load(a.y + k);
+                total[4 * m + 3] += turn * S::load(a.z + k);
+            }
         }
-        T values[4];
-        S::sum4({by_r * fc + by_fc * a.dfc[g.j], tx * fc, ty * fc, tz * fc}, values);
-        for (int q = 0; q < 4; ++q) first[q][g.j] += values[q];
+        for (int m = 0; m < M; ++m) {
+            total[4 * m] = by_r[m] * fc + by_fc[m] * dfc;
+            for (int q = 1; q < 4; ++q) total[4 * m + q] *= fc;
+        }
+        T* out = of_first + g.j * first_step() + 4 * item;
+        if constexpr (M == TOGETHER && M > 1) {
+            S::store(out, S::load(out) + S::sums(total));
+        } else {
+            for (int m = 0; m < M; ++m) {
+                T values[4];
+                S::sum4({total[4 * m], total[4 * m + 1], total[4 * m + 2], total[4 * m + 3]}, values);
+                for (int q = 0; q < 4; ++q) out[4 * m + q] += values[q];
+            }
+        }
+    }
+}
+
+// Put what pairs did to their first neighbours to the rest.
+template <class T> void Worker<T>::add_first() {
+    for (int slot = 0; slot < angular.n_slots; slot += W) {
+        for (int number = 0; number < 4 * n_items; number += W) {
+            V rows[W];
+            for (int i = 0; i < W; ++i) rows[i] = S::load(of_first + (slot + i) * first_step() + number);
+            S::transpose(rows);
+            for (int i = 0; i < W && number + i < 4 * n_items; ++i) {
+                T* to = slot_array(0, number + i) + slot;
+                S::store(to, S::load(to) + rows[i]);
+            }
+        }
     }
 }
 
 // dE/dvec = dE/dr u + (t - (u.t) u) / r with t = dE/du, added to the output.
 template <class T> void Worker<T>::store_gradients(T* out, int item) {
     const Neighbours<T>& a = angular;
-    auto slots = [&](int q, int i) { return S::load(slot_array(item, q) + i) + S::load(slot_array(item, 4 + q) + i); };
+    auto slots = [&](int q, int i) { return S::load(slot_array(item, q) + i); };
     T *gx = scratch, *gy = gx + slots_max, *gz = gy + slots_max;
     for (int i = 0; i < a.n_slots; i += W) {
         V x = S::load(a.x + i), y = S::load(a.y + i), z = S::load(a.z + i), inverse = S::load(a.inverse + i);
@@ -529,7 +565,8 @@ template <class T> void Worker<T>::vjp(const Edges<T>& edges, Items<const T> cot
     for (; item + 4 <= n_items; item += 4) radial_vjp<4>(cotangent, out, item);
     for (; item < n_items; ++item) radial_vjp<1>(cotangent, out, item);
     find(angular, edges, T(shape.angular_cutoff));
-    for (int i = 0; i < 8 * n_items; ++i) memset(slot_array(0, i), 0, sizeof(T) * angular.n_slots);
+    for (int i = 0; i < 4 * n_items; ++i) memset(slot_array(0, i), 0, sizeof(T) * angular.n_slots);
+    memset(of_first, 0, sizeof(T) * first_step() * angular.n_slots);
     for (int first = 0; first < angular.n_present; ++first) {
         for (int second = first; second < angular.n_present; ++second) {
             const int block = angular_block(angular.species[first], angular.species[second]);
@@ -542,10 +579,14 @@ template <class T> void Worker<T>::vjp(const Edges<T>& edges, Items<const T> cot
             for_each_chunk(first, second, [&](int j, int k, int n, int at) { pair_geometry(j, k, n, at); },
                 [&](int n) {
                     features<true>(n);
-                    for (int m = 0; m < n_items; ++m) contract(n, coefficients + m * a_pad * z_pad), scatter(m);
+                    for (int m = 0; m < n_items; ++m) contract(n, m);
+                    int m = 0;
+                    for (; m + TOGETHER <= n_items; m += TOGETHER) scatter<TOGETHER>(m);
+                    for (; m < n_items; ++m) scatter<1>(m);
                 });
         }
     }
+    add_first();
     for (int m = 0; m < n_items; ++m) store_gradients(out[m], m);
 }
 

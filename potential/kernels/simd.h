@@ -140,10 +140,38 @@ template <class T> struct Simd {
     }
 
 #if __has_builtin(__builtin_shufflevector)
-    // out[q] = sum of the lanes of v[q]: a transposition whose every step adds.
+    // Lane i of v[k] becomes lane k of v[i].
+    static INLINE void transpose(V (&v)[W]) { transpose_from<1>(v); }
+
+    // Lane i becomes the sum of the lanes of v[i]: a transposition whose every step adds.
+    static INLINE V sums(V (&v)[W]) { return sums_from<1>(v); }
+
+    // out[q] = sum of the lanes of v[q].
     static INLINE void sum4(const V (&v)[4], T* out) { sum4(v, out, std::make_integer_sequence<int, W>{}); }
 
 private:
+    // Exchange the lanes of `a` that have bit D with those of `b` that have not.
+    template <int D, int... I> static INLINE void exchange(V& a, V& b, std::integer_sequence<int, I...>) {
+        const V first = __builtin_shufflevector(a, b, (I & D ? W + I - D : I)...);
+        b = __builtin_shufflevector(a, b, (I & D ? W + I : I + D)...), a = first;
+    }
+    template <int D> static INLINE void transpose_from(V (&v)[W]) {
+        if constexpr (D < W) {
+            for (int i = 0; i < W; ++i)
+                if (!(i & D)) exchange<D>(v[i], v[i | D], std::make_integer_sequence<int, W>{});
+            transpose_from<2 * D>(v);
+        }
+    }
+    template <int D> static INLINE V sums_from(V (&v)[W]) {
+        if constexpr (D == W) return v[0];
+        else {
+            for (int i = 0; i < W; i += 2 * D) {
+                exchange<D>(v[i], v[i + D], std::make_integer_sequence<int, W>{});
+                v[i] += v[i + D];
+            }
+            return sums_from<2 * D>(v);
+        }
+    }
     template <int... I> static INLINE void sum4(const V (&v)[4], T* out, std::integer_sequence<int, I...>) {
         V pair[2];
         for (int q = 0; q < 2; ++q) {
@@ -162,6 +190,17 @@ private:
         }
     }
 #else
+    static INLINE void transpose(V (&v)[W]) {
+        V rows[W];
+        for (int i = 0; i < W; ++i)
+            for (int k = 0; k < W; ++k) rows[i][k] = v[k][i];
+        for (int i = 0; i < W; ++i) v[i] = rows[i];
+    }
+    static INLINE V sums(V (&v)[W]) {
+        V total;
+        for (int i = 0; i < W; ++i) total[i] = sum(v[i]);
+        return total;
+    }
     static INLINE void sum4(const V (&v)[4], T* out) {
         for (int q = 0; q < 4; ++q) out[q] = sum(v[q]);
     }
