@@ -25,7 +25,7 @@ from trainer.dataset import load_dataset
 from trainer.networks import Networks
 from trainer.optimiser import Adam
 from trainer.problem import Problem
-from trainer.step import step_gradient
+from trainer.step import Steps
 
 EVALUATION, TRAINING = (5.0, 8.0), (10.0, 20.0)
 N_MOLECULES, N_TRAINED, FORCE_WEIGHT, RATE = 256, 64, 0.1, 1e-9
@@ -83,10 +83,11 @@ class Trainings:
             dataset = load_dataset([receipt], ORGANIC, verify=False)
             self._problem = Problem(dataset, np.zeros(4), networks, committee.aev, ORGANIC, 1, settings, 0, 1)
         self._problem.learns = torch.ones_like(self._problem.learns)
+        self._steps = Steps(self._problem, self._parameters)
         self._adam = Adam.like(self._parameters)
 
     def our_gradient(self) -> Tensor:
-        return step_gradient(self._problem, self._parameters, np.arange(N_TRAINED))[0]
+        return self._steps.gradient(np.arange(N_TRAINED))[0]
 
     def ours(self) -> None:
         self._adam.update(self._parameters, self.our_gradient(), torch.tensor([RATE], dtype=torch.float64))

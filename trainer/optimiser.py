@@ -20,6 +20,7 @@ class Adam:
     first: Tensor
     second: Tensor
     step: int = 0
+    _moves: Tensor | None = None  # kept from step to step: fresh memory costs as much as the arithmetic
 
     @classmethod
     def like(cls, parameters: Tensor) -> Adam:
@@ -34,12 +35,14 @@ class Adam:
         self.first.lerp_(gradient, 1 - BETA1)
         self.second.mul_(BETA2).addcmul_(gradient, gradient, value=1 - BETA2)
         size = rates / (1 - BETA1**self.step)
-        root = (self.second.sqrt() / (1 - BETA2**self.step) ** 0.5).add_(EPSILON)
-        steps = (self.first / root).mul_(size.to(parameters.dtype)[:, None])
+        if self._moves is None:
+            self._moves = torch.empty_like(self.second)
+        moves = torch.sqrt(self.second, out=self._moves).div_((1 - BETA2**self.step) ** 0.5).add_(EPSILON)
+        torch.div(self.first, moves, out=moves).mul_(size.to(parameters.dtype)[:, None])
         if factors is None:
-            parameters.sub_(steps)
+            parameters.sub_(moves)
         else:
-            moved = parameters - steps.mul_(factors.to(parameters.dtype))
+            moved = parameters - moves.mul_(factors.to(parameters.dtype))
             parameters.copy_(torch.where(factors > 0, moved, parameters))
 
 

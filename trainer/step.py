@@ -10,7 +10,7 @@ from torch import Tensor
 from trainer.config import TrainerSettings
 from trainer.descriptors import Block
 from trainer.loss import COLUMNS, References, Weights, compare
-from trainer.networks import Networks
+from trainer.networks import Networks, Tape
 from trainer.problem import Problem
 from trainer.recorded import Recorded
 
@@ -59,6 +59,7 @@ class _Sums:
         self._networks, self._weights, self._parameters = networks, weights, parameters
         self.gradient = torch.zeros_like(parameters)
         self.errors = parameters.new_zeros(len(parameters), len(COLUMNS), dtype=torch.float64)
+        self._tape: Tape | None = None
 
     def clear(self) -> None:
         self.gradient.zero_()
@@ -70,7 +71,7 @@ class _Sums:
 
     def add(self, block: Block, truth: References, learns: Tensor, share: Tensor) -> None:
         """learns: (M, B), which member learns from which structure. share: (M,), of one structure in the loss."""
-        energies, g, tape = self._networks.forward(self._parameters, block.aev, block.elements)
+        energies, g, tape = self._networks.forward(self._parameters, block.aev, block.elements, self._tape)
         energy = energies.new_zeros(learns.shape).index_add_(1, block.frame_of_atom, energies)
         scale = learns * share[:, None]
         forces, virial, v = block.respond(g, truth, self._weights, scale)
@@ -78,3 +79,4 @@ class _Sums:
         self.errors += (errors.sums * learns[:, :, None]).sum(1, dtype=torch.float64)
         by_energy = (errors.by_energy * scale)[:, block.frame_of_atom]
         self._networks.gradient(self._parameters, tape, by_energy, v, self.gradient)
+        self._tape = None if tape.g.is_cuda else tape  # CUDA's allocator keeps memory, and a recording its own

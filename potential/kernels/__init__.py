@@ -187,13 +187,15 @@ def forward_layers(
     atoms: torch.Tensor,
     energies: torch.Tensor,
     g: torch.Tensor,
+    former: object = None,
 ) -> object:
     """Write the energies of `atoms` and g = dE/dAEV into energies (M, N) and g (M, N, L).
 
     flat: (M, P), parameters of all networks. layout: where those of an element are. aev: (N, L). atoms: (n,), those of
-    that element. Returns what the way back needs.
+    that element. Where parts of the AEVs are zero g may be, too: nothing moves them. Returns what the way back needs.
+    former: what an earlier call returned and is needed no more; its memory may be used again.
     """
-    tape: object = _kernels(flat).forward_layers(flat, layout, celu_alpha, aev, atoms, energies, g)
+    tape: object = _kernels(flat).forward_layers(flat, layout, celu_alpha, aev, atoms, energies, g, former)
     return tape
 
 

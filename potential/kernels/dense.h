@@ -12,6 +12,15 @@ constexpr int BLOCK = 64;                             // atoms
 constexpr int OUTPUTS = 4;                            // outputs and vectors of lanes that share loads
 constexpr int VECTORS = BYTES == 64 ? 4 : 2;
 
+// Inputs [begin, end).
+struct Run { int begin, end; };
+struct Runs {
+    const Run* first;
+    int n;
+    const Run* begin() const { return first; }
+    const Run* end() const { return first + n; }
+};
+
 template <class T> struct Dense {
     using S = Simd<T>;
     using V = typename S::V;
@@ -20,7 +29,7 @@ template <class T> struct Dense {
     static constexpr int whole(int n) { return (n + W - 1) / W * W; }
 
     // out[q] = start[q] + sum_i w[q step_out + i step_in] in[i] over n_lanes lanes, added to what is there if `add`;
-    // rows of `in` and `out` are `in_row` and `out_row` apart.
+    // rows of `in` and `out` are `in_row` and `out_row` apart. runs: the i to sum over, all of them if null.
     struct Product {
         int n_in;
         const T* w;
@@ -29,12 +38,27 @@ template <class T> struct Dense {
         T* out;
         bool add;
         int n_lanes, in_row = BLOCK, out_row = BLOCK;
+        const Runs* runs = nullptr;
     };
 
     static void multiply(int n_out, const Product& p) {
         int o = 0;
         for (; o + OUTPUTS <= n_out; o += OUTPUTS) row_of_tiles<OUTPUTS>(p, o);
         for (; o < n_out; ++o) row_of_tiles<1>(p, o);
+    }
+
+    // The inputs that are not zero for every atom, sixteen at a time; `runs` has room for all of them. An AEV of molecules
+    // has a part for each pair of elements, and few atoms see all pairs.
+    static constexpr int PART = 16;
+    static Runs filled(int n_in, const T* in, int n_lanes, Run* runs) {
+        int n = 0;
+        for (int low = 0; low < n_in; low += PART) {
+            const int high = low + PART < n_in ? low + PART : n_in;
+            if (empty(in + low * BLOCK, high - low, n_lanes)) continue;
+            if (n && runs[n - 1].end == low) runs[n - 1].end = high;
+            else runs[n++] = {low, high};
+        }
+        return {runs, n};
     }
 
     static void activate(int n, T alpha, T* x, int n_lanes) {
@@ -75,6 +99,16 @@ template <class T> struct Dense {
     }
 
 private:
+    static bool empty(const T* in, int n_rows, int n_lanes) {
+        for (int i = 0; i < n_rows * BLOCK; i += BLOCK) {
+            typename S::I bits{};
+            for (int t = 0; t < n_lanes; t += W) bits |= reinterpret_cast<typename S::I>(S::load(in + i + t));
+            for (int lane = 0; lane < W; ++lane)
+                if (bits[lane]) return false;
+        }
+        return true;
+    }
+
     template <int R, int C> static INLINE void tile(const Product& p, int first, int t) {
         const T* w = p.w + first * p.step_out;
         T* out = p.out + first * p.out_row + t;
@@ -82,12 +116,15 @@ private:
         for (int q = 0; q < R; ++q)
             for (int v = 0; v < C; ++v)
                 sum[q][v] = p.add ? S::load(out + q * p.out_row + v * W) : S::all(p.start ? p.start[first + q] : T(0));
-        for (int i = 0; i < p.n_in; ++i) {
-            V x[C];
-            for (int v = 0; v < C; ++v) x[v] = S::load(p.in + int64_t(i) * p.in_row + t + v * W);
-            for (int q = 0; q < R; ++q) {
-                const T factor = w[q * p.step_out + i * p.step_in];
-                for (int v = 0; v < C; ++v) sum[q][v] += x[v] * factor;
+        const Run all[] = {{0, p.n_in}};
+        for (const Run& run : p.runs ? *p.runs : Runs{all, 1}) {
+            for (int i = run.begin; i < run.end; ++i) {
+                V x[C];
+                for (int v = 0; v < C; ++v) x[v] = S::load(p.in + int64_t(i) * p.in_row + t + v * W);
+                for (int q = 0; q < R; ++q) {
+                    const T factor = w[q * p.step_out + i * p.step_in];
+                    for (int v = 0; v < C; ++v) sum[q][v] += x[v] * factor;
+                }
             }
         }
         for (int q = 0; q < R; ++q)

@@ -1,11 +1,13 @@
 // What are the energies, forces and stress of a batch, from positions and a list of pairs, in one pass?
 //
 // Atoms are taken in blocks of one element: AEVs, networks of all members, and back to forces while all of it is in the
-// cache. Nothing is as long as the list of pairs but the list itself.
+// cache. Nothing is as long as the list of pairs but the list itself. Atoms that see the same elements go together: parts
+// of their AEVs are zero, and the networks leave them out.
 //
-// A frame is one unit, or a number of units that depends on its size alone. Within a unit atoms come by element, then in
-// order, and what they add up (forces on the frame, its virial, energies) belongs to that unit; units are added up in
+// A frame is one unit, or a number of units that depends on its size alone. Within a unit atoms come by element, then by
+// the elements that they see, then in order, and what they add up (forces on the frame, its virial, energies) belongs to that unit; units are added up in
 // order. So the answer depends neither on batch mates nor on the number of threads.
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -126,18 +128,47 @@ private:
                 scratch.cotangent};
     }
 
+    struct Atom { uint64_t sees; int64_t atom, unit; };
+
     // Atoms of one element in units [begin, end), block after block.
     void evaluate(int64_t begin, int64_t end, int64_t element, Scratch& scratch) {
-        int64_t n_rows = 0;
+        std::vector<Atom> atoms;
         for (int64_t u = begin; u < end; ++u) {
             for (int64_t i = units[u].unit.low; i < units[u].unit.high; ++i) {
-                if (job.list.species[i] != element) continue;
-                scratch.atoms[n_rows] = i, scratch.unit[n_rows] = &units[u].unit;
-                scratch.energy[n_rows] = units[u].energy.data();
-                if (++n_rows == NETWORKS_BLOCK) evaluate_block(n_rows, element, scratch), n_rows = 0;
+                if (job.list.species[i] == element) atoms.push_back({elements_seen(i), i, u});
             }
         }
+        std::stable_sort(atoms.begin(), atoms.end(), [](const Atom& a, const Atom& b) { return a.sees < b.sees; });
+        int64_t n_rows = 0;
+        for (const Atom& each : atoms) {
+            scratch.atoms[n_rows] = each.atom, scratch.unit[n_rows] = &units[each.unit].unit;
+            scratch.energy[n_rows] = units[each.unit].energy.data();
+            if (++n_rows == NETWORKS_BLOCK) evaluate_block(n_rows, element, scratch), n_rows = 0;
+        }
         if (n_rows) evaluate_block(n_rows, element, scratch);
+    }
+
+    // A number for which elements, and whether more than one atom of each, are within the angular cutoff.
+    uint64_t elements_seen(int64_t atom) const {
+        const int64_t n_species = job.shape->n_species;
+        if (n_species == 1) return 0;
+        const double *own = job.list.positions + 3 * atom, *cell = job.list.cells + 9 * job.list.frame[atom];
+        const double cutoff = job.shape->angular_cutoff;
+        uint64_t once = 0, twice = 0;
+        for (int64_t e = job.list.row[atom]; e < job.list.row[atom + 1]; ++e) {
+            const double* there = job.list.positions + 3 * job.list.other[e];
+            const int32_t* turn = job.list.shift + 3 * e;
+            double squared = 0;
+            for (int k = 0; k < 3; ++k) {
+                const double apart =
+                    there[k] - own[k] + (turn[0] * cell[k] + turn[1] * cell[3 + k] + turn[2] * cell[6 + k]);
+                squared += apart * apart;
+            }
+            if (squared >= cutoff * cutoff) continue;
+            const uint64_t bit = uint64_t(1) << job.list.species[job.list.other[e]] % 32;
+            twice |= once & bit, once |= bit;
+        }
+        return once << 32 | twice;
     }
 
     void evaluate_block(int64_t n_rows, int64_t element, Scratch& scratch) {
@@ -147,6 +178,7 @@ private:
         mine.n_rows = mine.n_atoms = n_rows;
         mine.atoms = scratch.rows, mine.aev = scratch.aev, mine.energies = scratch.energies;
         mine.gradient = job.n_items ? scratch.cotangent : nullptr, mine.mean = job.n_items == 1;
+        mine.filled_only = 1;
         networks.run(mine, 0, scratch.for_networks);
         for (int64_t r = 0; r < n_rows; ++r) {
             for (int64_t m = 0; m < n_members; ++m) scratch.energy[r][m] += double(scratch.energies[m * n_rows + r]);

@@ -298,6 +298,7 @@ def forward_layers(
     atoms: torch.Tensor,
     energies: torch.Tensor,
     g: torch.Tensor,
+    former: object = None,
 ) -> object:
     """As potential.kernels.forward_layers; nothing is kept for the way back, where float32 is computed again."""
     if not _has_programs(flat.itemsize):

@@ -48,7 +48,14 @@ class Tape:
 
 
 def forward_layers(
-    flat: Tensor, layout: Layout, celu_alpha: float, aev: Tensor, atoms: Tensor, energies: Tensor, g: Tensor
+    flat: Tensor,
+    layout: Layout,
+    celu_alpha: float,
+    aev: Tensor,
+    atoms: Tensor,
+    energies: Tensor,
+    g: Tensor,
+    former: object = None,
 ) -> Tape:
     """As potential.kernels.forward_layers."""
     layers = layout.layers(flat)

@@ -7,6 +7,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -57,6 +58,15 @@ __all__ = [
     "respond",
     "shortest_distances",
 ]
+
+
+@dataclass(frozen=True)
+class Tape:
+    """What the way back through layers needs. atoms: (n,), in the order of the kernels' blocks."""
+
+    atoms: torch.Tensor
+    numbers: torch.Tensor
+
 
 FORWARD, VJP, JVP = range(3)
 NO_MEMORY, FLAT = 1, 2  # Status of neighbours.cpp
@@ -336,36 +346,53 @@ def forward_layers(
     atoms: torch.Tensor,
     energies: torch.Tensor,
     g: torch.Tensor,
-) -> torch.Tensor:
-    """Write the energies of `atoms` and g = dE/dAEV, and return what the way back needs."""
+    former: Tape | None = None,
+) -> Tape:
+    """Write the energies of `atoms` and g = dE/dAEV, and return what the way back needs.
+
+    former: what an earlier call returned and is needed no more; its memory is used again.
+    """
     _check("energies", energies, (flat.shape[0], aev.shape[0]))
     _check("g", g, (flat.shape[0], *aev.shape))
+    atoms = _sorted(aev, atoms)
     job = _layers(flat, layout, celu_alpha, aev, atoms, energies, g)
     job.energies, job.g = energies.data_ptr(), g.data_ptr()
-    tape = flat.new_empty(flat.shape[0], library().smelt_tape(level(), _is_double(flat), ctypes.byref(job)))
-    job.tape = tape.data_ptr()
+    n_numbers = flat.shape[0] * library().smelt_tape(level(), _is_double(flat), ctypes.byref(job))
+    fits = former is not None and former.numbers.dtype == flat.dtype and len(former.numbers) >= n_numbers
+    numbers = former.numbers if former is not None and fits else flat.new_empty(n_numbers)
+    job.tape = numbers.data_ptr()
     _run_layers(False, flat, job)
-    return tape
+    return Tape(atoms, numbers)
+
+
+def _sorted(aev: torch.Tensor, atoms: torch.Tensor) -> torch.Tensor:
+    """Those whose AEVs are zero in the same places together, so that the kernels can leave these out."""
+    aev, atoms = aev.contiguous(), atoms.long().contiguous()
+    out = torch.empty_like(atoms)
+    pointers = (tensor.data_ptr() for tensor in (aev, atoms, out))
+    if library().smelt_sort_atoms(_is_double(aev), len(atoms), aev.shape[1], *pointers):
+        raise MemoryError(f"no memory to sort {len(atoms)} atoms")
+    return out
 
 
 def backward_layers(
     flat: torch.Tensor,
     layout: Layout,
     celu_alpha: float,
-    tape: torch.Tensor,
+    tape: Tape,
     aev: torch.Tensor,
     atoms: torch.Tensor,
     by_energy: torch.Tensor,
     by_g: torch.Tensor,
     into: torch.Tensor,
 ) -> None:
-    """Add to `into` the gradient of sum(by_energy * energies) + sum(by_g * g) over `atoms`."""
+    """Add to `into` the gradient of sum(by_energy * energies) + sum(by_g * g) over `atoms`, those of the tape."""
     by_energy, by_g = by_energy.contiguous(), by_g.contiguous()
     _check("by_energy", by_energy, (flat.shape[0], aev.shape[0]))
     _check("by_g", by_g, (flat.shape[0], *aev.shape))
     _check("into", into, tuple(flat.shape))
-    job = _layers(flat, layout, celu_alpha, aev, atoms, by_energy, by_g, into)
-    job.tape, job.by_energy, job.by_g = tape.data_ptr(), by_energy.data_ptr(), by_g.data_ptr()
+    job = _layers(flat, layout, celu_alpha, aev, tape.atoms, by_energy, by_g, into)
+    job.tape, job.by_energy, job.by_g = tape.numbers.data_ptr(), by_energy.data_ptr(), by_g.data_ptr()
     job.gradient = into.data_ptr()
     _run_layers(True, flat, job)
 

@@ -21,6 +21,8 @@ template <class T> class Networks {
     const T alpha;
     int widest = 0, all_widths = 0, n_lanes = 0;      // lanes of the block in use, whole vectors
     T *input, *hidden, *front, *back, *total;         // (width, BLOCK) each; hidden holds all layers
+    Run* room;
+    Runs filled{};                                    // inputs of the block
 
 public:
     size_t used = 0;
@@ -36,6 +38,7 @@ public:
         for (T** piece : {&front, &back}) *piece = base + used, used += widest * BLOCK;
         hidden = base + used, used += all_widths * BLOCK;
         used *= sizeof(T);
+        room = reinterpret_cast<Run*>(static_cast<char*>(workspace) + used), used += sizeof(Run) * (length / D::PART + 1);
     }
 
     void run(int64_t first);
@@ -58,8 +61,9 @@ template <class T> void Networks<T>::propagate(int member) {
     const T* in = input;
     T* out = hidden;
     for (int k = 0; k < n_layers; ++k) {
-        D::multiply(width(k + 1),
-                    {width(k), weight(k, member), width(k), 1, in, bias(k, member), out, false, n_lanes});
+        typename D::Product p{width(k), weight(k, member), width(k), 1, in, bias(k, member), out, false, n_lanes};
+        if (k == 0) p.runs = &filled;
+        D::multiply(width(k + 1), p);
         if (k + 1 < n_layers) D::activate(width(k + 1), alpha, out, n_lanes);
         in = out, out += width(k + 1) * BLOCK;
     }
@@ -69,14 +73,17 @@ template <class T> void Networks<T>::propagate(int member) {
 template <class T> void Networks<T>::backpropagate(int member) {
     const T* h = hidden + (all_widths - 1) * BLOCK;
     for (int t = 0; t < BLOCK; ++t) front[t] = 1;
-    for (int k = n_layers - 1; k >= 0; --k) {
-        D::multiply(width(k), {width(k + 1), weight(k, member), 1, width(k), front, nullptr, k ? back : total,
-                               k == 0 && job.mean && member, n_lanes});
-        if (k == 0) return;
+    for (int k = n_layers - 1; k > 0; --k) {
+        D::multiply(width(k), {width(k + 1), weight(k, member), 1, width(k), front, nullptr, back, false, n_lanes});
         h -= width(k) * BLOCK;
         D::apply_slope(width(k), alpha, h, back, n_lanes);
         T* swapped = front;
         front = back, back = swapped;
+    }
+    const Run all[] = {{0, length}};
+    for (const Run& run : job.filled_only ? filled : Runs{all, 1}) {
+        D::multiply(run.end - run.begin, {width(1), weight(0, member) + run.begin, 1, length, front, nullptr,
+                                          total + run.begin * BLOCK, job.mean && member, n_lanes});
     }
 }
 
@@ -89,6 +96,8 @@ template <class T> void Networks<T>::run(int64_t first) {
     T* to[BLOCK];
     for (int r = 0; r < n_rows; ++r) from[r] = static_cast<const T*>(job.aev) + atoms[r] * length;
     D::to_lanes(length, n_rows, from, input);
+    filled = D::filled(length, input, n_lanes, room);
+    if (job.filled_only) memset(total, 0, sizeof(T) * length * BLOCK);
     for (int m = 0; m < job.n_members; ++m) {
         propagate(m);
         const T* energy = hidden + (all_widths - 1) * BLOCK;

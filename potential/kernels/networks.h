@@ -15,6 +15,7 @@ struct NetworksJob {
     void* energies;               // (n_members, n_atoms)
     void* gradient;               // (n_members or 1, n_atoms, length), or null
     int64_t mean;                 // gradient is the mean over members
+    int64_t filled_only;          // of inputs that are zero for all atoms of a block the gradient may be left zero
 };
 
 // Rows [block, block + 1) * NETWORKS_BLOCK of the job; `workspace` is 64-byte aligned and belongs to the thread.

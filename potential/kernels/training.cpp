@@ -27,6 +27,7 @@ template <class T> class Layers {
     T *input, *tangents, *tilts, *back, *z_back;      // (width, BLOCK); tangents and tilts hold all layers
     T *rows, *tangent_rows;                           // (BLOCK, widest in whole vectors)
     T *sums, *bias_sums;
+    Run *input_room, *tangent_room, *room;            // parts of a block's AEVs, of their tangents, and of either
 
 public:
     size_t used = 0;
@@ -46,6 +47,10 @@ public:
         for (T** piece : {&rows, &tangent_rows}) take(*piece, size_t(D::whole(widest)) * BLOCK);
         take(sums, size_t(numbers)), take(bias_sums, size_t(all_hidden + 1));
         used *= sizeof(T);
+        for (Run** piece : {&input_room, &tangent_room, &room}) {
+            *piece = reinterpret_cast<Run*>(static_cast<char*>(workspace) + used);
+            used += sizeof(Run) * (length / D::PART + 1);
+        }
     }
 
     int64_t tape_numbers() const { return 2 * int64_t(all_hidden) * BLOCK * ((job.n_rows + BLOCK - 1) / BLOCK); }
@@ -73,10 +78,11 @@ private:
 
     void forward_block(int64_t member, int64_t first);
     void gradient_block(int64_t member, int64_t first);
-    void push(int64_t member, const T* hidden, int n_lanes);
+    Runs join(const Runs& a, const Runs& b) const;
+    void push(int64_t member, const T* hidden, int n_lanes, const Runs& moving);
     void last_layer(const T* weights, const T* by_energy, const T* hidden, int n_lanes);
     void bend(int n, const T* tilt, const T* pull, const T* hidden, T* bias_sum, int n_lanes);
-    void collect(int layer, int n_rows, const T* pull, T* sum);
+    void collect(int layer, const Run& inputs, int n_rows, const T* pull, T* sum);
     void store(int64_t member);
 };
 
@@ -90,9 +96,12 @@ template <class T> void Layers<T>::forward_block(int64_t member, int64_t first) 
     const int n_rows = block_rows(static_cast<const T*>(job.aev), 0, first, length, from), n_lanes = D::whole(n_rows);
     D::to_lanes(length, n_rows, from, input);
     T *out = tape(member, first), *pull = out + 2 * all_hidden * BLOCK;
+    const Runs filled = D::filled(length, input, n_lanes, room);
     const T* in = input;
     for (int k = 0; k < n_hidden; ++k) {
-        D::multiply(width(k + 1), {width(k), weight(k, member), width(k), 1, in, bias(k, member), out, false, n_lanes});
+        typename D::Product p{width(k), weight(k, member), width(k), 1, in, bias(k, member), out, false, n_lanes};
+        if (k == 0) p.runs = &filled;
+        D::multiply(width(k + 1), p);
         D::activate(width(k + 1), alpha, out, n_lanes);
         in = out, out += width(k + 1) * BLOCK;
     }
@@ -113,7 +122,10 @@ template <class T> void Layers<T>::forward_block(int64_t member, int64_t first) 
         D::apply_slope(width(k), alpha, out, pull, n_lanes);
         above = pull;
     }
-    D::multiply(length, {width(1), weight(0, member), 1, length, above, nullptr, input, false, n_lanes});
+    for (const Run& run : filled) {                   // what is zero stays zero: no atom of the block moves it
+        D::multiply(run.end - run.begin, {width(1), weight(0, member) + run.begin, 1, length, above, nullptr,
+                                          input + run.begin * BLOCK, false, n_lanes});
+    }
     block_rows(static_cast<T*>(job.g), member, first, length, to);
     D::from_lanes(length, n_rows, input, 1, to);
 }
@@ -133,8 +145,11 @@ template <class T> void Layers<T>::gradient_block(int64_t member, int64_t first)
     T weights[BLOCK];
     D::to_lanes(1, n_rows, by_energy, weights);
     D::to_lanes(length, n_rows, by_g, tangents);
+    D::to_lanes(length, n_rows, aev, input);
+    const Runs moving = D::filled(length, tangents, n_lanes, tangent_room);
+    const Runs filled = join(D::filled(length, input, n_lanes, input_room), moving);
     const T *hidden = tape(member, first), *pull = hidden + 2 * all_hidden * BLOCK;
-    push(member, hidden, n_lanes);
+    push(member, hidden, n_lanes, moving);
     last_layer(weight(n_hidden, member), weights, hidden, n_lanes);
 
     hidden += all_hidden * BLOCK;
@@ -155,18 +170,21 @@ template <class T> void Layers<T>::gradient_block(int64_t member, int64_t first)
             if (k) D::from_lanes(n_in, n_rows, (values ? hidden : tangent) - n_in * BLOCK, 1, row);
             for (int r = 0; !k && r < n_rows; ++r) memcpy(row[r], values ? aev[r] : by_g[r], sizeof(T) * length);
         }
-        collect(k, n_rows, pull, sum);
+        const Run all[] = {{0, n_in}};
+        for (const Run& run : k ? Runs{all, 1} : filled) collect(k, run, n_rows, pull, sum);
         if (k) D::multiply(n_in, {n_out, weight(k, member), 1, n_in, z_back, nullptr, back, false, n_lanes});
     }
 }
 
 // Tangents of all layers, and tilts = dz along the tangent.
-template <class T> void Layers<T>::push(int64_t member, const T* hidden, int n_lanes) {
+template <class T> void Layers<T>::push(int64_t member, const T* hidden, int n_lanes, const Runs& moving) {
     const T* in = tangents;
     T *out = tangents + length * BLOCK, *tilt = tilts;
     for (int k = 0; k < n_hidden; ++k) {
         const int n = width(k + 1);
-        D::multiply(n, {width(k), weight(k, member), width(k), 1, in, nullptr, tilt, false, n_lanes});
+        typename D::Product p{width(k), weight(k, member), width(k), 1, in, nullptr, tilt, false, n_lanes};
+        if (k == 0) p.runs = &moving;
+        D::multiply(n, p);
         memcpy(out, tilt, sizeof(T) * n * BLOCK);
         D::apply_slope(n, alpha, hidden, out, n_lanes);
         in = out, out += n * BLOCK, tilt += n * BLOCK, hidden += n * BLOCK;
@@ -208,10 +226,22 @@ void Layers<T>::bend(int n, const T* tilt, const T* pull, const T* hidden, T* bi
 }
 
 // Add z_back h^T + pull t^T to the sums of a layer's weights: atoms are what is summed over, inputs are in the lanes.
-template <class T> void Layers<T>::collect(int layer, int n_rows, const T* pull, T* sum) {
-    const int n_out = width(layer + 1), n_lanes = D::whole(width(layer));
-    D::multiply(n_out, {n_rows, z_back, BLOCK, 1, rows, nullptr, sum, true, n_lanes, n_lanes, n_lanes});
-    D::multiply(n_out, {n_rows, pull, BLOCK, 1, tangent_rows, nullptr, sum, true, n_lanes, n_lanes, n_lanes});
+template <class T> void Layers<T>::collect(int layer, const Run& inputs, int n_rows, const T* pull, T* sum) {
+    const int n_out = width(layer + 1), step = D::whole(width(layer)), at = inputs.begin;
+    const int n_lanes = D::whole(inputs.end - at);
+    D::multiply(n_out, {n_rows, z_back, BLOCK, 1, rows + at, nullptr, sum + at, true, n_lanes, step, step});
+    D::multiply(n_out, {n_rows, pull, BLOCK, 1, tangent_rows + at, nullptr, sum + at, true, n_lanes, step, step});
+}
+
+// The inputs that are in one or the other.
+template <class T> Runs Layers<T>::join(const Runs& a, const Runs& b) const {
+    int n = 0;
+    for (const Run *p = a.begin(), *q = b.begin(); p < a.end() || q < b.end();) {
+        const Run next = q == b.end() || (p < a.end() && p->begin <= q->begin) ? *p++ : *q++;
+        if (!n || next.begin > room[n - 1].end) room[n++] = next;
+        else if (next.end > room[n - 1].end) room[n - 1].end = next.end;
+    }
+    return {room, n};
 }
 
 template <class T> void Layers<T>::store(int64_t member) {

@@ -16,6 +16,7 @@ pytestmark = pytest.mark.skipif(not native.available(), reason="the C++ kernels 
 LENGTH, N_ATOMS, N_MEMBERS, CELU_ALPHA = 37, 200, 5, 0.1
 LAYOUTS = (Layout((LENGTH, 20, 7, 1), (0, 760, 907)), Layout((LENGTH, 33, 1), (915, 2169)))
 N_PARAMETERS = 2203
+HOLEY = torch.arange(N_ATOMS) % 5 > 0
 # Sums of a few hundred products, relative to the largest number.
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 5e-6}
 
@@ -32,14 +33,15 @@ def gap(ours: Tensor, truth: Tensor) -> float:
     return float((ours.double() - truth.double()).abs().max() / truth.double().abs().max())
 
 
-def pass_through_layers(kernels, dtype, device="cpu") -> tuple[Tensor, Tensor, Tensor]:
-    """Energies, g, and the gradient of a loss, of atoms of two elements."""
+def pass_through_layers(kernels, dtype, device="cpu", holes=slice(0)) -> tuple[Tensor, Tensor, Tensor]:
+    """Energies, g, and the gradient of a loss, of atoms of two elements; most have zeros in their AEVs."""
     random = torch.manual_seed(0)
     flat = (torch.randn(N_MEMBERS, N_PARAMETERS, generator=random, dtype=torch.float64) / 4).to(dtype)
     aev = torch.rand(N_ATOMS, LENGTH, generator=random, dtype=torch.float64).to(dtype)
     element = torch.randint(len(LAYOUTS), (N_ATOMS,), generator=random)
     by_energy = torch.randn(N_MEMBERS, N_ATOMS, generator=random, dtype=torch.float64).to(dtype)
     by_g = torch.randn(N_MEMBERS, N_ATOMS, LENGTH, generator=random, dtype=torch.float64).to(dtype)
+    aev[HOLEY, holes], by_g[:, HOLEY, holes] = 0, 0
     flat, aev, by_energy, by_g = (each.to(device) for each in (flat, aev, by_energy, by_g))
     energies, g, gradient = torch.empty_like(by_energy), torch.empty_like(by_g), torch.zeros_like(flat)
     for number, layout in enumerate(LAYOUTS):
@@ -47,6 +49,38 @@ def pass_through_layers(kernels, dtype, device="cpu") -> tuple[Tensor, Tensor, T
         tape = kernels.forward_layers(flat, layout, CELU_ALPHA, aev, atoms, energies, g)
         kernels.backward_layers(flat, layout, CELU_ALPHA, tape, aev, atoms, by_energy, by_g, gradient)
     return energies, g, gradient
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("holes", [slice(0, 16), slice(16, 32), slice(32, None), slice(16, None)])
+def test_parts_of_aevs_that_are_zero_change_nothing(holes, dtype, simd):
+    energies, g, gradient = pass_through_layers(native, dtype, holes=holes)
+    truth, slopes, downhill = pass_through_layers(reference, torch.float64, holes=holes)
+    assert gap(energies, truth) < TOLERANCE[dtype]
+    assert gap(gradient, downhill) < TOLERANCE[dtype]
+    # Where nothing moves an AEV, its derivative may be left out.
+    left_out = (g == 0) & (slopes != 0)
+    g[:, HOLEY, holes], slopes[:, HOLEY, holes] = 0, 0
+    assert gap(g, slopes) < TOLERANCE[dtype]
+    assert left_out.any()
+
+
+def test_memory_of_a_former_pass_is_used_again_and_leaves_no_trace(simd):
+    random, few = torch.manual_seed(0), torch.arange(70)
+    flat, aev = torch.rand(N_MEMBERS, N_PARAMETERS, generator=random), torch.rand(N_ATOMS, LENGTH, generator=random)
+    by_energy, by_g = torch.rand(N_MEMBERS, N_ATOMS), torch.rand(N_MEMBERS, N_ATOMS, LENGTH)
+
+    def through(atoms: Tensor, former: native.Tape | None) -> tuple[native.Tape, Tensor]:
+        energies, g, gradient = torch.empty_like(by_energy), torch.empty_like(by_g), torch.zeros_like(flat)
+        tape = native.forward_layers(flat, LAYOUTS[0], CELU_ALPHA, aev, atoms, energies, g, former)
+        native.backward_layers(flat, LAYOUTS[0], CELU_ALPHA, tape, aev, atoms, by_energy, by_g, gradient)
+        return tape, gradient
+
+    former, _ = through(torch.arange(N_ATOMS), None)
+    again, gradient = through(few, former)
+    assert again.numbers.data_ptr() == former.numbers.data_ptr()
+    assert torch.equal(gradient, through(few, None)[1])
+    assert through(torch.arange(N_ATOMS), again)[0].numbers.numel() == former.numbers.numel()
 
 
 def kept_derivatives(kernels, dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -132,7 +166,9 @@ def test_saturated_networks_meet_no_denormal_numbers(kernels):
     energies, g = torch.empty(1, 2), torch.empty(1, 2, 3)
     tape = kernels.forward_layers(flat, layout, CELU_ALPHA, aev, atoms, energies, g)
     # The native tape has blocks of 64 atoms in the lanes; nothing is written to those that have no atom.
-    kept = tape.view(-1, 64)[:, :2] if kernels is native else torch.cat([slope.flatten() for slope in tape.slopes])
+    kept = (
+        tape.numbers.view(-1, 64)[:, :2] if kernels is native else torch.cat([slope.flatten() for slope in tape.slopes])
+    )
     tiny = torch.finfo(torch.float32).tiny
     assert torch.isfinite(energies).all()
     assert ((kept == 0) | (kept.abs() >= tiny)).all()
