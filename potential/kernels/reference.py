@@ -411,13 +411,14 @@ class _Wedge:
         sine, shift = (1 - self.cosine.square()).sqrt_(), self._column(self.p.angle_shifts)
         half = self.cosine * (0.5 * shift.cos())
         half.addcmul_(sine, 0.5 * shift.sin()).add_(0.5).clamp_(min=torch.finfo(half.dtype).eps)
-        second = half.log2().mul_(self.p.zeta).clamp_(min=LOWEST_EXPONENT).exp2_()
+        power = half.log2().mul_(self.p.zeta - 1).clamp_(min=LOWEST_EXPONENT).exp2_()
+        second = half.mul_(power)
         if not bend:
             return first, second, second[:0]
         # theta = acos(c): d cos(theta - s) / dc = cos s - sin s cos(theta) / sin(theta)
         slope = (self.cosine / sine).mul_(-0.5 * ANGLE_SCALE * self.p.zeta) * shift.sin()
         slope += 0.5 * ANGLE_SCALE * self.p.zeta * shift.cos()
-        return first, second, slope.mul_(second).div_(half)
+        return first, second, slope.mul_(power)
 
     def _column(self, values: tuple[float, ...]) -> torch.Tensor:
         return self.mean.new_tensor(values)[:, None, None]
