@@ -75,14 +75,17 @@ def describe(
     return geometries
 
 
-def with_jacobian(geometry: Geometry, p: AEVParameters) -> Geometry:
-    """Compute the rows of the Jacobian as products with unit vectors."""
+def with_jacobian(geometry: Geometry, p: AEVParameters, *, virial_known: bool = True) -> Geometry:
+    """Compute the rows of the Jacobian as products with unit vectors.
+
+    Without a virial to compare with its rows are zero, and take no room: a quarter of the whole for a molecule.
+    """
     n = len(geometry.species)
     units = torch.eye(3 * n + 6, dtype=geometry.aev.dtype, device=geometry.aev.device)
     forces, virial = units[:, : 3 * n].reshape(-1, n, 3), units[:, None, 3 * n :]
     block = join([geometry], p)
     assert isinstance(block, Recomputed)
-    rows = block.lift(forces.contiguous(), virial.contiguous())
+    rows = block.lift(forces.contiguous(), virial * virial_known)
     return Geometry(
         geometry.species,
         geometry.aev,

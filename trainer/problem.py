@@ -49,6 +49,10 @@ class Example:
     target: Tensor  # (3n + 6,): forces, eV/A, then the virial, xx yy zz yz xz xy
     volume: float  # A^3
 
+    def with_jacobian(self, p: AEVParameters) -> Example:
+        known = bool(self.target[-6:].isfinite().any())
+        return replace(self, geometry=with_jacobian(self.geometry, p, virial_known=known))
+
 
 def make_examples(batch: Batch, energy: NDArray[np.float64], geometries: Sequence[Geometry]) -> list[Example]:
     """energy: (B,), eV, less the self energies."""
@@ -175,7 +179,7 @@ class Problem:
         sample = np.unique(np.linspace(0, len(n_atoms) - 1, N_SAMPLED).astype(np.int64))
         examples = [example for part in self._cut(sample) for example in self._examples(part)]
         n_bytes = sum(OBJECTS_BYTES + example.target.nbytes + example.geometry.nbytes for example in examples)
-        per_number = self._jacobian_bytes([example.geometry for example in examples])
+        per_number = self._jacobian_bytes(examples)
         # A GPU makes derivatives anew in less time than it would read them.
         few_enough = jacobian_numbers(n_atoms, length) * per_number / 1e9 <= self.settings.jacobian_memory_GB
         plan = make_plan(
@@ -187,23 +191,23 @@ class Problem:
         log.info("%d structures, %d atoms; on this rank %d: %s", len(n_atoms), n_atoms.sum(), len(own), plan.reason)
         return plan
 
-    def _jacobian_bytes(self, geometries: Sequence[Geometry]) -> float:
+    def _jacobian_bytes(self, examples: Sequence[Example]) -> float:
         """Measure what one number of a Jacobian takes: less than its own size where zeros are left out."""
         # Of few and small structures, one at a time: a Jacobian grows with the square of the atoms.
-        small = [each for each in geometries if len(each.species) <= MOST_DERIVED]
-        small = sorted(small, key=lambda each: len(each.species))[:N_DERIVED]
+        small = [each for each in examples if len(each.geometry.species) <= MOST_DERIVED]
+        small = sorted(small, key=lambda each: len(each.geometry.species))[:N_DERIVED]
         if not small:
             return float(getattr(torch, self.settings.dtype).itemsize)
-        kept = (with_jacobian(each, self._p).jacobian for each in small)
-        n_numbers = jacobian_numbers(np.array([len(each.species) for each in small], dtype=np.int32), self._p.length)
+        kept = (each.with_jacobian(self._p).geometry.jacobian for each in small)
+        n_atoms = np.array([len(each.geometry.species) for each in small], dtype=np.int32)
+        n_numbers = jacobian_numbers(n_atoms, self._p.length)
         return sum(each.nbytes for each in kept if each is not None) / n_numbers
 
     def _keep(self, own: NDArray[np.int64]) -> None:
         start, kept = time.perf_counter(), {}
         for part in self._cut(own):
             for i, example in zip(part.tolist(), self._examples(part), strict=True):
-                geometry = with_jacobian(example.geometry, self._p) if self.plan.derivatives else example.geometry
-                kept[i] = replace(example, geometry=geometry)
+                kept[i] = example.with_jacobian(self._p) if self.plan.derivatives else example
         if self.device.type == "cpu" or not kept:
             self._kept = kept
         else:

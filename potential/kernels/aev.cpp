@@ -78,6 +78,7 @@ template <class T> class Worker {
     const AevShape& shape;
     const int n_species, n_radial, n_a, n_z, a_pad, z_pad, n_items;
     T radial_rate, angular_rate;                      // -eta log2(e)
+    int whole_zeta;                                   // Zeta if it is a small whole number, else 0
     T *radial_shift, *angular_shift, *half_cos, *half_sin;
     Neighbours<T> radial, angular;
     int *near, *count;
@@ -97,6 +98,7 @@ public:
           z_pad(round_up(n_z, BLOCK)), n_items(int(n_items)),
           length(n_species * n_radial + n_species * (n_species + 1) / 2 * n_a * n_z) {
         radial_rate = T(-shape.eta_radial * LOG2_E), angular_rate = T(-shape.eta_angular * LOG2_E);
+        whole_zeta = shape.zeta <= 64 && shape.zeta == int(shape.zeta) ? int(shape.zeta) : 0;
         allocate(arena, int(longest_row));
         if (arena.base) fill_constants();
     }
@@ -317,14 +319,25 @@ template <class T> INLINE void Worker<T>::pair_weight(int j, int k, int n, int a
     for (int i = 0; i < n; i += W) S::store(weight + at + i, S::load(angular.fc + k + i) * angular.fc[j]);
 }
 
+// x^n by squaring: five to eleven products for n up to 64, a quarter of a logarithm and a power of two.
+template <class V> INLINE V whole_power(V x, int n) {
+    V out = n & 1 ? x : V{} + 1;
+    for (n >>= 1; n; n >>= 1) {
+        x *= x;
+        if (n & 1) out *= x;
+    }
+    return out;
+}
+
 // Z and R of each pair of the chunk. With DERIVATIVE also dZ = dZ/dcos, dR = dR/d(mean r), and R without the weight P.
 template <class T> template <bool DERIVATIVE> void Worker<T>::features(int n) {
     const T power = T(DERIVATIVE ? shape.zeta - 1 : shape.zeta);
+    const int whole = DERIVATIVE ? whole_zeta - 1 : whole_zeta;
     for (int t = 0; t < n; t += W) {
         V c = S::load(cosine + t), s = S::sqrt(T(1) - c * c), cotangent = DERIVATIVE ? c / s : c;
         for (int z = 0; z < n_z; ++z) {
             V x = S::max(c * half_cos[z] + s * half_sin[z] + T(0.5), S::C::TINY);
-            V y = S::exp2(S::log2(x) * power + T(1));
+            V y = whole_zeta ? whole_power(x, whole) * T(2) : S::exp2(S::log2(x) * power + T(1));
             S::store(Z + z * CHUNK + t, DERIVATIVE ? x * y : y);
             if (!DERIVATIVE) continue;
             S::store(dZ + z * CHUNK + t, (half_cos[z] - cotangent * half_sin[z]) * y * T(SHRINK * shape.zeta));

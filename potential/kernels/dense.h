@@ -83,18 +83,34 @@ template <class T> struct Dense {
     static void to_lanes(int width, int n_rows, const T* const* rows, T* out) {
         const int n_lanes = whole(n_rows);
         for (int low = 0; low < width; low += W) {    // piece by piece, so that all of it stays in the L1 cache
-            const int high = low + W < width ? low + W : width;
-            for (int i = low; i < high; ++i)
-                for (int r = n_rows; r < n_lanes; ++r) out[i * BLOCK + r] = 0;
-            for (int r = 0; r < n_rows; ++r)
-                for (int i = low; i < high; ++i) out[i * BLOCK + r] = rows[r][i];
+            for (int first = 0; first < n_lanes; first += W) {
+                const int n = n_rows - first < W ? n_rows - first : W;
+                if (low + W <= width) {
+                    V square[W];
+                    for (int r = 0; r < W; ++r) square[r] = r < n ? S::load(rows[first + r] + low) : V{};
+                    S::transpose(square);
+                    for (int i = 0; i < W; ++i) S::store(out + (low + i) * BLOCK + first, square[i]);
+                } else {
+                    for (int i = low; i < width; ++i)
+                        for (int r = 0; r < W; ++r) out[i * BLOCK + first + r] = r < n ? rows[first + r][i] : T(0);
+                }
+            }
         }
     }
     static void from_lanes(int width, int n_rows, const T* values, T scale, T* const* rows) {
         for (int low = 0; low < width; low += W) {
-            const int high = low + W < width ? low + W : width;
-            for (int r = 0; r < n_rows; ++r)
-                for (int i = low; i < high; ++i) rows[r][i] = scale * values[i * BLOCK + r];
+            for (int first = 0; first < n_rows; first += W) {
+                const int n = n_rows - first < W ? n_rows - first : W;
+                if (low + W <= width) {
+                    V square[W];
+                    for (int i = 0; i < W; ++i) square[i] = S::load(values + (low + i) * BLOCK + first) * scale;
+                    S::transpose(square);
+                    for (int r = 0; r < n; ++r) S::store(rows[first + r] + low, square[r]);
+                } else {
+                    for (int r = 0; r < n; ++r)
+                        for (int i = low; i < width; ++i) rows[first + r][i] = scale * values[i * BLOCK + first + r];
+                }
+            }
         }
     }
 

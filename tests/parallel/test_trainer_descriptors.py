@@ -10,6 +10,7 @@ import torch
 from trainer_cases import SMALL, emt_rows, write_manifest
 
 from potential.committee import Committee
+from potential.kernels import native
 from potential.structures import Structures
 from shards import Manifest
 from trainer.config import TrainerSettings
@@ -67,6 +68,20 @@ def test_forces_and_stress_of_training_equal_those_of_the_committee(committee, k
     assert torch.allclose(forces, expected.forces_members, atol=1e-10)
     voigt = expected.stress_members[:, :, [0, 1, 2, 1, 0, 0], [0, 1, 2, 2, 2, 1]]
     assert torch.allclose(stress, voigt, atol=1e-10)
+
+
+def test_without_a_virial_to_compare_with_forces_are_the_same_and_less_is_kept(committee):
+    frames = [frame for frame, _ in emt_rows(2, seed=5, elements=ELEMENTS)]
+    geometries = describe(Structures.from_frames(frames, ELEMENTS), committee.aev, torch.float64)
+    whole = [with_jacobian(geometry, committee.aev) for geometry in geometries]
+    less = [with_jacobian(geometry, committee.aev, virial_known=False) for geometry in geometries]
+    blocks = [join(each, committee.aev) for each in (whole, less)]
+    g = torch.randn(2, *blocks[0].aev.shape, dtype=torch.float64)
+    (forces, _), (same, nothing) = (block.project(g) for block in blocks)
+    assert torch.equal(forces, same)
+    assert not nothing.any()
+    if native.available():
+        assert sum(each.nbytes for each in less) < sum(each.nbytes for each in whole)
 
 
 def test_lift_is_the_transpose_of_project(committee):

@@ -29,6 +29,7 @@ SMALL = AEVParameters(
     angle_shifts=(0.3, 0.9, 1.6, 2.1, 2.8),
     n_species=3,
 )
+WHOLE = replace(SMALL, zeta=32.0)
 ALUMINIUM = AEVParameters.from_settings(PotentialSettings(), 1)
 # float32 resolves a distance of 4 A to 2e-7 A, which the narrowest Gaussian magnifies by about 10.
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 5e-6}
@@ -89,11 +90,20 @@ def gap(ours: torch.Tensor, truth: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("p", [SMALL, ALUMINIUM], ids=["3 species", "ANI-Al"])
+@pytest.mark.parametrize("p", [SMALL, WHOLE, ALUMINIUM], ids=["3 species", "whole Zeta", "ANI-Al"])
 def test_aev_agrees_with_the_formula(p: AEVParameters, dtype: torch.dtype, simd: str) -> None:
     vec, row, species = environments([17, 0, 1, 40, 2], p)
     truth = brute_force(vec.numpy(), row.tolist(), species.numpy(), p)
     assert gap(native.aev_forward(vec.to(dtype), row, species, p), truth) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("zeta", [SMALL.zeta, 1.0, 2.0, 32.0, 63.0])
+def test_vjp_agrees_with_the_reference_whatever_zeta_is(zeta: float, simd: str) -> None:
+    p = replace(SMALL, zeta=zeta)
+    vec, row, species = environments([17, 0, 4], p)
+    cotangent = torch.randn(2, 3, p.length, dtype=torch.float64, generator=torch.manual_seed(1))
+    ours, truth = (module.aev_vjp(vec, row, species, cotangent, p) for module in (native, reference))
+    assert float((ours - truth).abs().max() / truth.abs().max()) < 1e-12
 
 
 @pytest.mark.parametrize("n_items", [1, 2, 4, 5, 8, 9])
