@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,7 +20,8 @@ class Adam:
     first: Tensor
     second: Tensor
     step: int = 0
-    _moves: Tensor | None = None  # kept from step to step: fresh memory costs as much as the arithmetic
+    # Kept from step to step: fresh memory costs as much as the arithmetic.
+    _moves: Tensor | None = field(default=None, init=False, repr=False, compare=False)
 
     @classmethod
     def like(cls, parameters: Tensor) -> Adam:

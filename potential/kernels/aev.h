@@ -10,6 +10,9 @@ struct AevShape {
     const double *radial_shifts, *angular_shifts, *angle_cos, *angle_sin;
 };
 
+// Networks leave out AEVs by so many numbers, where they are zero: pairs of elements that no atom of a block sees.
+constexpr int AEV_PART = 16;
+
 // One product. `in` and `out` are (n_atoms, length) or (n_items, n_edges, 3) or (n_items, n_atoms, length).
 struct AevJob {
     const AevShape* shape;

@@ -4,7 +4,10 @@
 // of weights broadcast with vectors of atoms. CELU: h = max(x, 0) + alpha (exp(min(x, 0) / alpha) - 1); its slope is
 // 1 for h > 0 and 1 + h / alpha elsewhere. Everything has internal linkage, as in simd.h.
 #pragma once
+#include "aev.h"
 #include "simd.h"
+
+#include <initializer_list>
 
 namespace {
 
@@ -47,19 +50,22 @@ template <class T> struct Dense {
         for (; o < n_out; ++o) row_of_tiles<1>(p, o);
     }
 
-    // The inputs that are not zero for every atom, sixteen at a time; `runs` has room for all of them. An AEV of molecules
-    // has a part for each pair of elements, and few atoms see all pairs.
-    static constexpr int PART = 16;
-    static Runs filled(int n_in, const T* in, int n_lanes, Run* runs) {
+    // The parts of rows of atoms that are not all zero in all arrays (n_rows, n_in); `runs` has room for all of them.
+    static Runs filled(int n_in, int n_rows, std::initializer_list<const T* const*> arrays, Run* runs) {
         int n = 0;
-        for (int low = 0; low < n_in; low += PART) {
-            const int high = low + PART < n_in ? low + PART : n_in;
-            if (empty(in + low * BLOCK, high - low, n_lanes)) continue;
+        for (int low = 0; low < n_in; low += AEV_PART) {
+            const int high = low + AEV_PART < n_in ? low + AEV_PART : n_in;
+            bool any = false;
+            for (const T* const* rows : arrays)
+                for (int r = 0; r < n_rows && !any; ++r)
+                    for (int i = low; i < high; ++i) any |= rows[r][i] != 0;
+            if (!any) continue;
             if (n && runs[n - 1].end == low) runs[n - 1].end = high;
             else runs[n++] = {low, high};
         }
         return {runs, n};
     }
+    static constexpr size_t most_runs(int n_in) { return n_in / AEV_PART + 1; }
 
     static void activate(int n, T alpha, T* x, int n_lanes) {
         const T rate = T(-1.44269504088896341) / alpha;
@@ -115,16 +121,6 @@ template <class T> struct Dense {
     }
 
 private:
-    static bool empty(const T* in, int n_rows, int n_lanes) {
-        for (int i = 0; i < n_rows * BLOCK; i += BLOCK) {
-            typename S::I bits{};
-            for (int t = 0; t < n_lanes; t += W) bits |= reinterpret_cast<typename S::I>(S::load(in + i + t));
-            for (int lane = 0; lane < W; ++lane)
-                if (bits[lane]) return false;
-        }
-        return true;
-    }
-
     template <int R, int C> static INLINE void tile(const Product& p, int first, int t) {
         const T* w = p.w + first * p.step_out;
         T* out = p.out + first * p.out_row + t;

@@ -13,15 +13,15 @@
 
 namespace {
 
-constexpr int64_t ATOMS_PER_TURN = 16, PART = 16;
+constexpr int64_t ATOMS_PER_TURN = 16;
 
 // Which parts of an AEV are not zero, a bit for each.
 template <class T> uint64_t filled_parts(const T* aev, int64_t length) {
     uint64_t filled = 0;
-    for (int64_t low = 0; low < length; low += PART) {
+    for (int64_t low = 0; low < length; low += AEV_PART) {
         bool any = false;
-        for (int64_t i = low; i < std::min(low + PART, length); ++i) any |= aev[i] != 0;
-        filled |= uint64_t(any) << low / PART % 64;
+        for (int64_t i = low; i < std::min(low + AEV_PART, length); ++i) any |= aev[i] != 0;
+        filled |= uint64_t(any) << low / AEV_PART % 64;
     }
     return filled;
 }

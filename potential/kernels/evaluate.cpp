@@ -5,8 +5,8 @@
 // of their AEVs are zero, and the networks leave them out.
 //
 // A frame is one unit, or a number of units that depends on its size alone. Within a unit atoms come by element, then by
-// the elements that they see, then in order, and what they add up (forces on the frame, its virial, energies) belongs to that unit; units are added up in
-// order. So the answer depends neither on batch mates nor on the number of threads.
+// the elements that they see, then in order, and what they add up (forces on the frame, its virial, energies) belongs to
+// that unit; units are added up in order. So the answer depends neither on batch mates nor on the number of threads.
 #include <algorithm>
 #include <cmath>
 #include <cstring>

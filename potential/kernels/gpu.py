@@ -491,42 +491,36 @@ class _Pairs:
 
     def apply_radial(self, program: Any, given: torch.Tensor, out: torch.Tensor) -> None:
         """Run radial_pull or radial_push for all that is given, (M, ...)."""
-        p = self.p
-        _launch(
-            program,
-            (self.n_atoms, triton.cdiv(len(given), PRODUCTS)),
-            self.vec,
-            self.distance,
-            self.row,
-            self.species_other,
-            given,
-            out,
-            len(given),
-            self.n_pairs,
-            **_radial(p),
-            SPECIES=p.n_species,
-            WIDTH=max(16, triton.next_power_of_2(len(p.radial_shifts))),
-            **PRODUCT,
-        )
+        where = self.vec, self.distance, self.row, self.species_other
+        self._apply(program, where, given, out, len(self.p.radial_shifts), **_radial(self.p))
 
     def apply_angular(self, program: Any, given: torch.Tensor, out: torch.Tensor) -> None:
         """Run angular_pull or angular_push for all that is given, (M, ...)."""
-        p = self.p
+        p, where = self.p, (self.bounds, self.whole, self.jacobian)
+        bins = {"N_RADIAL": p.n_radial, "LENGTH": p.length, "N_BINS": p.n_per_pair}
+        self._apply(program, where, given, out, p.n_per_pair, **bins)
+
+    def _apply(
+        self,
+        program: Any,
+        where: tuple[torch.Tensor, ...],
+        given: torch.Tensor,
+        out: torch.Tensor,
+        width: int,
+        **constants: Any,
+    ) -> None:
+        """A program per atom and PRODUCTS of what is given; width: its features, of one species or pair of them."""
         _launch(
             program,
             (self.n_atoms, triton.cdiv(len(given), PRODUCTS)),
-            self.bounds,
-            self.whole,
-            self.jacobian,
+            *where,
             given,
             out,
             len(given),
             self.n_pairs,
-            SPECIES=p.n_species,
-            N_RADIAL=p.n_radial,
-            LENGTH=p.length,
-            N_BINS=p.n_per_pair,
-            WIDTH=max(16, triton.next_power_of_2(p.n_per_pair)),
+            SPECIES=self.p.n_species,
+            WIDTH=max(16, triton.next_power_of_2(width)),
+            **constants,
             **PRODUCT,
         )
 

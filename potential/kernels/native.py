@@ -358,8 +358,10 @@ def forward_layers(
     job = _layers(flat, layout, celu_alpha, aev, atoms, energies, g)
     job.energies, job.g = energies.data_ptr(), g.data_ptr()
     n_numbers = flat.shape[0] * library().smelt_tape(level(), _is_double(flat), ctypes.byref(job))
-    fits = former is not None and former.numbers.dtype == flat.dtype and len(former.numbers) >= n_numbers
-    numbers = former.numbers if former is not None and fits else flat.new_empty(n_numbers)
+    if former is not None and former.numbers.dtype == flat.dtype and len(former.numbers) >= n_numbers:
+        numbers = former.numbers
+    else:
+        numbers = flat.new_empty(n_numbers)
     job.tape = numbers.data_ptr()
     _run_layers(False, flat, job)
     return Tape(atoms, numbers)

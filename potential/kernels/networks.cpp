@@ -7,8 +7,6 @@
 #include "networks.h"
 #include "dense.h"
 
-#include <initializer_list>
-
 namespace {
 
 static_assert(BLOCK == NETWORKS_BLOCK, "the entry points and the arithmetic cut atoms into the same blocks");
@@ -38,7 +36,7 @@ public:
         for (T** piece : {&front, &back}) *piece = base + used, used += widest * BLOCK;
         hidden = base + used, used += all_widths * BLOCK;
         used *= sizeof(T);
-        room = reinterpret_cast<Run*>(static_cast<char*>(workspace) + used), used += sizeof(Run) * (length / D::PART + 1);
+        room = reinterpret_cast<Run*>(static_cast<char*>(workspace) + used), used += sizeof(Run) * D::most_runs(length);
     }
 
     void run(int64_t first);
@@ -96,7 +94,7 @@ template <class T> void Networks<T>::run(int64_t first) {
     T* to[BLOCK];
     for (int r = 0; r < n_rows; ++r) from[r] = static_cast<const T*>(job.aev) + atoms[r] * length;
     D::to_lanes(length, n_rows, from, input);
-    filled = D::filled(length, input, n_lanes, room);
+    filled = D::filled(length, n_rows, {from}, room);
     if (job.filled_only) memset(total, 0, sizeof(T) * length * BLOCK);
     for (int m = 0; m < job.n_members; ++m) {
         propagate(m);

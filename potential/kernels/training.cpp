@@ -9,8 +9,6 @@
 #include "training.h"
 #include "dense.h"
 
-#include <initializer_list>
-
 namespace {
 
 template <class T> class Layers {
@@ -27,7 +25,7 @@ template <class T> class Layers {
     T *input, *tangents, *tilts, *back, *z_back;      // (width, BLOCK); tangents and tilts hold all layers
     T *rows, *tangent_rows;                           // (BLOCK, widest in whole vectors)
     T *sums, *bias_sums;
-    Run *input_room, *tangent_room, *room;            // parts of a block's AEVs, of their tangents, and of either
+    Run* room;
 
 public:
     size_t used = 0;
@@ -47,10 +45,7 @@ public:
         for (T** piece : {&rows, &tangent_rows}) take(*piece, size_t(D::whole(widest)) * BLOCK);
         take(sums, size_t(numbers)), take(bias_sums, size_t(all_hidden + 1));
         used *= sizeof(T);
-        for (Run** piece : {&input_room, &tangent_room, &room}) {
-            *piece = reinterpret_cast<Run*>(static_cast<char*>(workspace) + used);
-            used += sizeof(Run) * (length / D::PART + 1);
-        }
+        room = reinterpret_cast<Run*>(static_cast<char*>(workspace) + used), used += sizeof(Run) * D::most_runs(length);
     }
 
     int64_t tape_numbers() const { return 2 * int64_t(all_hidden) * BLOCK * ((job.n_rows + BLOCK - 1) / BLOCK); }
@@ -78,8 +73,7 @@ private:
 
     void forward_block(int64_t member, int64_t first);
     void gradient_block(int64_t member, int64_t first);
-    Runs join(const Runs& a, const Runs& b) const;
-    void push(int64_t member, const T* hidden, int n_lanes, const Runs& moving);
+    void push(int64_t member, const T* hidden, int n_lanes, const Runs& filled);
     void last_layer(const T* weights, const T* by_energy, const T* hidden, int n_lanes);
     void bend(int n, const T* tilt, const T* pull, const T* hidden, T* bias_sum, int n_lanes);
     void collect(int layer, const Run& inputs, int n_rows, const T* pull, T* sum);
@@ -96,7 +90,7 @@ template <class T> void Layers<T>::forward_block(int64_t member, int64_t first) 
     const int n_rows = block_rows(static_cast<const T*>(job.aev), 0, first, length, from), n_lanes = D::whole(n_rows);
     D::to_lanes(length, n_rows, from, input);
     T *out = tape(member, first), *pull = out + 2 * all_hidden * BLOCK;
-    const Runs filled = D::filled(length, input, n_lanes, room);
+    const Runs filled = D::filled(length, n_rows, {from}, room);
     const T* in = input;
     for (int k = 0; k < n_hidden; ++k) {
         typename D::Product p{width(k), weight(k, member), width(k), 1, in, bias(k, member), out, false, n_lanes};
@@ -145,11 +139,9 @@ template <class T> void Layers<T>::gradient_block(int64_t member, int64_t first)
     T weights[BLOCK];
     D::to_lanes(1, n_rows, by_energy, weights);
     D::to_lanes(length, n_rows, by_g, tangents);
-    D::to_lanes(length, n_rows, aev, input);
-    const Runs moving = D::filled(length, tangents, n_lanes, tangent_room);
-    const Runs filled = join(D::filled(length, input, n_lanes, input_room), moving);
+    const Runs filled = D::filled(length, n_rows, {aev, by_g}, room);
     const T *hidden = tape(member, first), *pull = hidden + 2 * all_hidden * BLOCK;
-    push(member, hidden, n_lanes, moving);
+    push(member, hidden, n_lanes, filled);
     last_layer(weight(n_hidden, member), weights, hidden, n_lanes);
 
     hidden += all_hidden * BLOCK;
@@ -177,13 +169,13 @@ template <class T> void Layers<T>::gradient_block(int64_t member, int64_t first)
 }
 
 // Tangents of all layers, and tilts = dz along the tangent.
-template <class T> void Layers<T>::push(int64_t member, const T* hidden, int n_lanes, const Runs& moving) {
+template <class T> void Layers<T>::push(int64_t member, const T* hidden, int n_lanes, const Runs& filled) {
     const T* in = tangents;
     T *out = tangents + length * BLOCK, *tilt = tilts;
     for (int k = 0; k < n_hidden; ++k) {
         const int n = width(k + 1);
         typename D::Product p{width(k), weight(k, member), width(k), 1, in, nullptr, tilt, false, n_lanes};
-        if (k == 0) p.runs = &moving;
+        if (k == 0) p.runs = &filled;
         D::multiply(n, p);
         memcpy(out, tilt, sizeof(T) * n * BLOCK);
         D::apply_slope(n, alpha, hidden, out, n_lanes);
@@ -231,17 +223,6 @@ template <class T> void Layers<T>::collect(int layer, const Run& inputs, int n_r
     const int n_lanes = D::whole(inputs.end - at);
     D::multiply(n_out, {n_rows, z_back, BLOCK, 1, rows + at, nullptr, sum + at, true, n_lanes, step, step});
     D::multiply(n_out, {n_rows, pull, BLOCK, 1, tangent_rows + at, nullptr, sum + at, true, n_lanes, step, step});
-}
-
-// The inputs that are in one or the other.
-template <class T> Runs Layers<T>::join(const Runs& a, const Runs& b) const {
-    int n = 0;
-    for (const Run *p = a.begin(), *q = b.begin(); p < a.end() || q < b.end();) {
-        const Run next = q == b.end() || (p < a.end() && p->begin <= q->begin) ? *p++ : *q++;
-        if (!n || next.begin > room[n - 1].end) room[n++] = next;
-        else if (next.end > room[n - 1].end) room[n - 1].end = next.end;
-    }
-    return {room, n};
 }
 
 template <class T> void Layers<T>::store(int64_t member) {
