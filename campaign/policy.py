@@ -139,7 +139,7 @@ def _label_failure(state: State, settings: CampaignSettings) -> str:
         return f"the first {n_bad} frames all failed to be labeled{newest}"
     if len(recent) == settings.failure_window and n_bad > settings.failure_fraction * len(recent):
         return f"{n_bad} of the last {len(recent)} frames failed to be labeled{newest}"
-    if _bootstrap_is_settled(state) and state.n_train == 0:
+    if state.n_train == 0 and _bootstrap_is_settled(state):
         return f"no bootstrap frame for training could be labeled{newest}"
     if state.stopping and not state.in_flight and state.n_train == 0:
         return f"there are no labels to train on, and no time to make them ({state.stopping})"
@@ -253,7 +253,8 @@ def _evaluation(state: State) -> list[Action]:
 def _rank(state: State, free: int) -> list[Action]:
     if state.stopping or state.n_running["rank"] or free <= 0:
         return []
-    stale = [c for c in state.queue if c.kind == "walker" and c.generation < state.generation]
+    newest = state.generation
+    stale = [c for c in state.queue if c.kind == "walker" and c.generation < newest]
     paths = tuple(dict.fromkeys(candidate.path for candidate in stale))
     return [Rank(state.generation, paths)] if paths else []
 
@@ -287,13 +288,15 @@ def _choosing(state: State, settings: CampaignSettings, free: int) -> list[Actio
 def _labeling(state: State, settings: CampaignSettings, free: int, *, ranking: bool) -> list[Action]:
     """Bootstrap frames first, then what the newest model is least sure of. While a ranking is under way, candidates it
     has not seen wait for it; while the newest model is far behind the labels, all of them wait."""
-    if state.stopping or free <= 0:
+    allowed = min(_n_left(state, settings), _n_ahead(state, settings))
+    if state.stopping or free <= 0 or allowed <= 0:
         return []
-    ready = [c for c in state.queue if c.kind == "bootstrap" or c.generation == state.generation or not ranking]
+    newest = state.generation
+    ready = [c for c in state.queue if not ranking or c.kind == "bootstrap" or c.generation == newest]
     ready.sort(key=lambda c: (c.kind != "bootstrap", -c.generation, -c.spread, c.frame))
-    ready = ready[: max(0, min(_n_left(state, settings), _n_ahead(state, settings)))]
+    ready = ready[:allowed]
     size = min(settings.labels_per_task, math.ceil(len(ready) / free))
-    return [Label(batch) for batch in _batches(ready, size)[:free]]
+    return [Label(batch) for batch in _batches(ready[: size * free], size)[:free]]
 
 
 def _n_left(state: State, settings: CampaignSettings) -> int:

@@ -6,6 +6,7 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from operator import attrgetter
 from types import MappingProxyType
 from typing import Any
 
@@ -198,7 +199,7 @@ class State:
     @cached_property
     def n_running(self) -> Counter[str]:
         """Tasks under way, by stage."""
-        return Counter(task.stage for task in self.running)
+        return Counter(map(attrgetter("stage"), self.running))
 
 
 def replay(events: Iterable[Mapping[str, Any]]) -> State:

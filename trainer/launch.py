@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,8 +20,9 @@ __all__ = ["DEFAULT_LAUNCHER", "HEARTBEAT", "rank_environment", "run_ranks"]
 # One host, the environment's own mpirun. A site may use e.g. ("srun", "--ntasks={ranks}", "--mpi=pmix"), or
 # ("mpirun", "-np", "{ranks}", "--host", "{hosts}", "--oversubscribe").
 DEFAULT_LAUNCHER = ("mpirun", "-np", "{ranks}", "--bind-to", "none", "--oversubscribe", "--allow-run-as-root")
-# Names a file that the caller rewrites while it lives. Ranks stop when it is gone (they are asked to) or stays the same
-# (the caller was killed). A pipe would tell at once, but mpirun does not pass its end on.
+# Names a file that the caller rewrites and holds locked while it lives. Ranks stop when it is gone (they are asked to),
+# when its lock is free (the caller was killed: its own host knows at once) or when it stays the same (other hosts see
+# that). A pipe would tell at once everywhere, but mpirun does not pass its end on.
 HEARTBEAT = "SMELT_HEARTBEAT"
 BEAT_S = 1.0
 # What an outer launcher or batch system leaves behind makes an inner mpirun take itself for part of the outer job.
@@ -74,8 +77,8 @@ def run_ranks(
     """
     prefix = launch_words(launcher, ranks, environment) if ranks > 1 else []
     polite = ["nice", "-n", str(nice)] if nice else []
-    heartbeat.write_text("")
-    with mpi_folder() as scratch, log.open("ab") as output:
+    with mpi_folder() as scratch, log.open("ab") as output, heartbeat.open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_SH)
         process = subprocess.Popen(
             [*polite, *prefix, sys.executable, *arguments],
             stdin=subprocess.DEVNULL,
@@ -93,7 +96,7 @@ def run_ranks(
 def _wait(process: subprocess.Popen[bytes], heartbeat: Path, time_limit_s: float) -> int:
     end = time.monotonic() + time_limit_s
     while time.monotonic() < end:
-        heartbeat.write_text(str(time.time()))
+        heartbeat.write_text(f"{socket.gethostname()} {time.time()}")
         with contextlib.suppress(subprocess.TimeoutExpired):
             return process.wait(BEAT_S)
     raise TimeoutError(f"training did not end within {time_limit_s:.0f} s")

@@ -12,14 +12,15 @@ import logging
 import math
 import os
 import signal
+import socket
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -223,21 +224,26 @@ def _fail(job: Job, kind: FailureClass, message: str) -> int:
 
 
 def _watch_caller(heartbeat: Path, stop: threading.Event) -> None:
-    """Ask to stop when the heartbeat is taken away, or does not change any more."""
+    """Ask to stop when the heartbeat is taken away or let go, or does not change any more."""
     last, changed = "", time.monotonic()
-    while heartbeat.exists() and time.monotonic() - changed < SILENCE_S:
-        beat = _read(heartbeat)
-        if beat != last:
-            last, changed = beat, time.monotonic()
-        time.sleep(0.5)
+    with suppress(FileNotFoundError):
+        while time.monotonic() - changed < SILENCE_S:
+            with heartbeat.open("r+") as file:
+                if (beat := file.read()) != last:
+                    last, changed = beat, time.monotonic()
+                if beat.startswith(f"{socket.gethostname()} ") and _is_let_go(file):
+                    break
+            time.sleep(0.5)
     stop.set()
 
 
-def _read(path: Path) -> str:
+def _is_let_go(file: IO[str]) -> bool:
+    """Does no process of this host hold the file's lock? Between hosts not every file system passes locks on."""
     try:
-        return path.read_text()
-    except FileNotFoundError:
-        return ""
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def _die_with_launcher() -> None:

@@ -1,4 +1,4 @@
-"""Small real campaigns: labels by EMT or GPAW, walkers, trainings by two ranks. Their configuration knows no Slurm."""
+"""Small real campaigns: labels (a pair potential, GPAW), walkers, trainings by two ranks. None knows of Slurm."""
 
 from __future__ import annotations
 
@@ -63,9 +63,9 @@ max_epochs = 5
 [labeler]
 time_limit_min = 2
 """
-EMT = LOOP.format(max_labels=20, retrain_after=12, max_generations=2, n_atoms=[4, 6], labels_per_task=3) + (
+PAIRS = LOOP.format(max_labels=20, retrain_after=12, max_generations=2, n_atoms=[4, 6], labels_per_task=3) + (
     """
-engine = "counting_calculator.CountingEMT"
+engine = "counting_calculator.Counting"
 environment = { COUNT_FILE = "COUNT" }
 """
 )
@@ -85,14 +85,14 @@ eigenstates_tolerance_eV2 = 1e-2
 class Campaign:
     """A campaign in a folder, run by `smelt run` in a process of its own; `nodes_of_ranks` are those seen training."""
 
-    def __init__(self, folder: Path, site: Path, config: str = EMT) -> None:
+    def __init__(self, folder: Path, site: Path, config: str = PAIRS) -> None:
         self.run_dir = folder / "run"
         self._count = folder / "count"
         self._count.touch()
         self.config = folder / "c.toml"
         self.config.write_text(config.replace('"COUNT"', f'"{self._count}"'))
         self.arguments = [str(self.config), "--run-dir", str(self.run_dir), "--site", str(site)]
-        paths = [str(ROOT), str(ROOT / "tests" / "workflow"), os.environ.get("PYTHONPATH", "")]
+        paths = [str(ROOT), str(ROOT / "tests" / "calculators"), os.environ.get("PYTHONPATH", "")]
         self.environment = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"}
         self.nodes_of_ranks: set[str] = set()
 
@@ -128,7 +128,7 @@ class Campaign:
                 continue
 
     def computed(self) -> Counter[str]:
-        """Frame -> how often EMT computed it."""
+        """Frame -> how often it was computed."""
         return Counter(line.split()[0] for line in self._count.read_text().splitlines())
 
     def events(self, kind: str) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from a_cluster import FAST, MPIRUN, TWO_NODES, Cluster
 from job_story import story_of
-from small_campaign import EMT
+from small_campaign import PAIRS
 
 
 def test_driver_and_all_stages_share_the_nodes_of_one_job(
@@ -19,7 +19,7 @@ def test_driver_and_all_stages_share_the_nodes_of_one_job(
         "label": {"slots": 2, "slurm": FAST},
         "train": {"launcher": MPIRUN, "slurm": FAST | TWO_NODES},
     }
-    told = story_of(cluster, tmp_path, monkeypatch, EMT, allocation=True, **pools)
+    told = story_of(cluster, tmp_path, monkeypatch, PAIRS, allocation=True, **pools)
     job = told.submit("allocation.sbatch", [], told.campaign.arguments)
     steps: dict[str, str] = {}
 

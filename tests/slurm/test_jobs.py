@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import pytest
 from a_cluster import CPU, Cluster
 from job_story import Story, story_of
-from small_campaign import EMT
+from small_campaign import PAIRS
 
 from campaign.scheduler import Block, blocks_of
 
@@ -25,7 +25,7 @@ def story(running_cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) ->
         "label": {"slots": 2, "slurm": CPU | {"silence_s": 5}},
     }
     with pytest.MonkeyPatch.context() as patch:
-        yield story_of(running_cluster, tmp_path_factory.mktemp("jobs"), patch, EMT, **tables)
+        yield story_of(running_cluster, tmp_path_factory.mktemp("jobs"), patch, PAIRS, **tables)
     running_cluster.script("reset")
 
 

@@ -23,7 +23,7 @@ from campaign.stop import Request, request_stop
 from shards.manifest import Manifest
 from shards.settings import SettingsError
 
-CALCULATORS = Path(__file__).parents[1] / "unit"
+CALCULATORS = Path(__file__).parents[1] / "calculators"
 
 
 def campaign(**changes: Any) -> CampaignConfig:

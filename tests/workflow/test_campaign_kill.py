@@ -1,4 +1,4 @@
-"""Does a campaign survive what happens to its driver? A small real one: Parsl, walkers, training, EMT labels.
+"""Does a campaign survive what happens to its driver? A small real one: Parsl, walkers, training, labels.
 
 One story is told once (`story`): a second driver tries its luck, the first is interrupted, its successors are killed
 with SIGKILL after a few ledger events each, and the last one comes to the end. Each test looks at one claim.
@@ -28,7 +28,7 @@ from shards.manifest import Manifest
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 SITE = ROOT / "configs" / "sites" / "local.toml"
-KILL_AFTER = (5, 9, 14)  # events that a driver adds before it is killed
+KILL_AFTER = (6, 12)  # events that a driver adds before it is killed
 
 CONFIG = """
 [campaign]
@@ -40,7 +40,7 @@ holdout_fraction = 0.2
 labels_per_task = 3
 retrain_after = 6
 queue_target = 8
-max_labels = 22
+max_labels = 18
 max_generations = 4
 
 [potential]
@@ -65,7 +65,7 @@ walkers_per_task = 4
 force_mean_threshold_eV_A = 0.001
 
 [labeler]
-engine = "counting_calculator.CountingEMT"
+engine = "counting_calculator.Counting"
 environment = { COUNT_FILE = "COUNT" }
 
 [trainer]
@@ -98,7 +98,7 @@ class Story:
         return [(line.split()[0], float(line.split()[1])) for line in lines]
 
     def start(self) -> subprocess.Popen[str]:
-        paths = [str(ROOT), str(HERE), os.environ.get("PYTHONPATH", "")]
+        paths = [str(ROOT), str(HERE.parent / "calculators"), os.environ.get("PYTHONPATH", "")]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"}
         command = [HERE / "campaign_driver.py", self.folder / "c.toml", self.run_dir, SITE]
         return subprocess.Popen(
@@ -188,8 +188,8 @@ def test_interrupt_leaves_nothing_behind_within_seconds(story: Story) -> None:
 
 def test_killed_campaign_comes_to_its_end(story: Story) -> None:
     assert story.kills == len(KILL_AFTER)
-    assert story.last == (0, "max_labels: 22 labels\n")
-    assert story.state.n_labels == 22
+    assert story.last == (0, "max_labels: 18 labels\n")
+    assert story.state.n_labels == 18
     assert story.state.models[-1].n_labels == story.state.n_train
     assert not story.workers()
 

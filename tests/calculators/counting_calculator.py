@@ -1,4 +1,4 @@
-"""An EMT that tells a file which frame it has computed, and when.
+"""A calculator that tells a file which frame it has computed, and when.
 
 A file beside it, with .pace added to its name, holds it up after as many frames as it has bytes.
 """
@@ -7,12 +7,12 @@ import os
 import time
 from pathlib import Path
 
-from ase.calculators.emt import EMT
+from pair_calculator import PairRepulsion
 
 from shards.convert import from_atoms
 
 
-class CountingEMT(EMT):
+class Counting(PairRepulsion):
     def calculate(self, atoms, properties, system_changes):
         super().calculate(atoms, properties, system_changes)
         time.sleep(0.1)

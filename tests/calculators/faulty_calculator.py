@@ -1,4 +1,4 @@
-"""An EMT that misbehaves as real codes do, on frames of one size: the labeler's tests give it by dotted name."""
+"""A calculator that misbehaves as real codes do, on frames of one size: the labeler's tests give it by dotted name."""
 
 import ctypes
 import json
@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 from ase.calculators.calculator import CalculationFailed
-from ase.calculators.emt import EMT
+from pair_calculator import PairRepulsion
 
 
-class Faulty(EMT):
+class Faulty(PairRepulsion):
     def __init__(self, fault: str, n_atoms: int = 0, note: str = "") -> None:
         super().__init__()
         self.fault = fault
