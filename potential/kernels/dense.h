@@ -12,8 +12,10 @@
 namespace {
 
 constexpr int BLOCK = 64;                             // atoms
-constexpr int OUTPUTS = 4;                            // outputs and vectors of lanes that share loads
-constexpr int VECTORS = BYTES == 64 ? 4 : 2;
+// Outputs and vectors of lanes that share loads: as many as there are registers for. Few inputs stay in
+// the L1 cache, where square tiles are best; of many inputs tall tiles read less.
+constexpr int OUTPUTS = 4, VECTORS = BYTES == 64 ? 4 : 2;
+constexpr int TALL_OUTPUTS = BYTES == 64 ? 12 : 6, TALL_VECTORS = 2;
 
 // Inputs [begin, end).
 struct Run { int begin, end; };
@@ -46,8 +48,11 @@ template <class T> struct Dense {
 
     static void multiply(int n_out, const Product& p) {
         int o = 0;
-        for (; o + OUTPUTS <= n_out; o += OUTPUTS) row_of_tiles<OUTPUTS>(p, o);
-        for (; o < n_out; ++o) row_of_tiles<1>(p, o);
+        if (p.n_in > BLOCK) {
+            for (; o + TALL_OUTPUTS <= n_out; o += TALL_OUTPUTS) row_of_tiles<TALL_OUTPUTS, TALL_VECTORS>(p, o);
+        }
+        for (; o + OUTPUTS <= n_out; o += OUTPUTS) row_of_tiles<OUTPUTS, VECTORS>(p, o);
+        for (; o < n_out; ++o) row_of_tiles<1, VECTORS>(p, o);
     }
 
     // The parts of rows of atoms that are not all zero in all arrays (n_rows, n_in); `runs` has room for all of them.
@@ -143,10 +148,10 @@ private:
             for (int v = 0; v < C; ++v) S::store(out + q * p.out_row + v * W, sum[q][v]);
     }
 
-    template <int R> static void row_of_tiles(const Product& p, int first) {
+    template <int R, int C> static void row_of_tiles(const Product& p, int first) {
         int t = 0;
-        for (; t + VECTORS * W <= p.n_lanes; t += VECTORS * W) tile<R, VECTORS>(p, first, t);
-        if (t + 2 * W <= p.n_lanes) tile<R, 2>(p, first, t), t += 2 * W;
+        for (; t + C * W <= p.n_lanes; t += C * W) tile<R, C>(p, first, t);
+        if (C > 2 && t + 2 * W <= p.n_lanes) tile<R, 2>(p, first, t), t += 2 * W;
         for (; t < p.n_lanes; t += W) tile<R, 1>(p, first, t);
     }
 };

@@ -20,7 +20,7 @@ template <class T> uint64_t filled_parts(const T* aev, int64_t length) {
     uint64_t filled = 0;
     for (int64_t low = 0; low < length; low += AEV_PART) {
         bool any = false;
-        for (int64_t i = low; i < std::min(low + AEV_PART, length); ++i) any |= aev[i] != 0;
+        for (int64_t i = low; i < std::min(low + AEV_PART, length) && !any; ++i) any = aev[i] != 0;
         filled |= uint64_t(any) << low / AEV_PART % 64;
     }
     return filled;
