@@ -77,7 +77,7 @@ def run_ranks(
     """
     prefix = launch_words(launcher, ranks, environment) if ranks > 1 else []
     polite = ["nice", "-n", str(nice)] if nice else []
-    with mpi_folder() as scratch, log.open("ab") as output, heartbeat.open("w") as held:
+    with mpi_folder() as scratch, log.open("ab") as output, heartbeat.open("w+") as held:  # NFS locks what can be read
         fcntl.flock(held, fcntl.LOCK_SH)
         process = subprocess.Popen(
             [*polite, *prefix, sys.executable, *arguments],

@@ -12,8 +12,8 @@
 namespace {
 
 constexpr int BLOCK = 64;                             // atoms
-// Outputs and vectors of lanes that share loads: as many as there are registers for. Few inputs stay in
-// the L1 cache, where square tiles are best; of many inputs tall tiles read less.
+// Outputs and vectors of lanes that share loads: as many as there are registers for. Few inputs stay in the L1 cache,
+// where square tiles are best; of many inputs tall tiles read less.
 constexpr int OUTPUTS = 4, VECTORS = BYTES == 64 ? 4 : 2;
 constexpr int TALL_OUTPUTS = BYTES == 64 ? 12 : 6, TALL_VECTORS = 2;
 
