@@ -256,7 +256,7 @@ def _rank(state: State, free: int) -> list[Action]:
     newest = state.generation
     stale = [c for c in state.queue if c.kind == "walker" and c.generation < newest]
     paths = tuple(dict.fromkeys(candidate.path for candidate in stale))
-    return [Rank(state.generation, paths)] if paths else []
+    return [Rank(newest, paths)] if paths else []
 
 
 def _sampling(state: State, settings: CampaignSettings, free: int) -> list[Action]:

@@ -24,7 +24,7 @@ from trainer.config import TrainerSettings
 from trainer.stage import evaluate, train
 
 QUICK = {"ranks": 1, "steps_per_epoch": 8, "max_epochs": 3, "learning_rate": 3e-3}
-WHOLE = {"ranks": 2, "max_epochs": 25, "checkpoint_every_s": 0.0, "jacobian_memory_GB": 0.0}  # cut or not
+WHOLE = {"ranks": 2, "max_epochs": 40, "checkpoint_every_s": 0.0, "jacobian_memory_GB": 0.0}  # cut or not
 
 
 def _train(manifest: Path, dest: Path, elements=("Al",), start=None, **settings) -> Outcome:
@@ -158,7 +158,7 @@ def test_a_rank_killed_with_sigkill_is_a_failure_and_the_resumed_training_ends_b
     assert outcome.failure is None, (tmp_path / "train.log").read_text()
     assert "resumed after epoch" in (tmp_path / "train.log").read_text()
     _assert_bitwise_equal(whole, tmp_path)
-    assert [row["epoch"] for row in _metrics(tmp_path)] == list(range(25))
+    assert [row["epoch"] for row in _metrics(tmp_path)] == list(range(40))
 
 
 RUN = """

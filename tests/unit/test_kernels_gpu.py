@@ -165,12 +165,10 @@ def evaluate(
     return module.evaluate(*where, AEV, networks, SELF_ENERGIES, CELU_ALPHA, n_gradients, stress)
 
 
-@pytest.mark.parametrize(
-    ("n_gradients", "dtype", "n"), [(N_MEMBERS, torch.float64, 4), (1, torch.float32, 3), (0, torch.float32, 3)]
-)
-def test_energies_forces_and_stress_are_those_of_the_reference(n_gradients, dtype, n):
-    ours = evaluate(gpu, DEVICE, dtype, n_gradients, n_gradients > 0, n)
-    truth = evaluate(reference, "cpu", torch.float64, n_gradients, n_gradients > 0, n)
+@pytest.mark.parametrize(("n_gradients", "dtype"), [(N_MEMBERS, torch.float64), (1, torch.float32), (0, torch.float32)])
+def test_energies_forces_and_stress_are_those_of_the_reference(n_gradients, dtype):
+    ours = evaluate(gpu, DEVICE, dtype, n_gradients, stress=n_gradients > 0)
+    truth = evaluate(reference, "cpu", torch.float64, n_gradients, stress=n_gradients > 0)
     for mine, theirs in itertools.takewhile(lambda pair: pair[0] is not None, zip(ours, truth, strict=True)):
         assert mine.shape == theirs.shape
         assert torch.equal(mine.cpu().isnan(), theirs.isnan())

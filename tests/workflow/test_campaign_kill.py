@@ -28,7 +28,7 @@ from shards.manifest import Manifest
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 SITE = ROOT / "configs" / "sites" / "local.toml"
-KILL_AFTER = (6, 12)  # events that a driver adds before it is killed
+KILL_AFTER = (5, 9, 14)  # events that a driver adds before it is killed
 
 CONFIG = """
 [campaign]
@@ -40,7 +40,7 @@ holdout_fraction = 0.2
 labels_per_task = 3
 retrain_after = 6
 queue_target = 8
-max_labels = 18
+max_labels = 22
 max_generations = 4
 
 [potential]
@@ -188,8 +188,8 @@ def test_interrupt_leaves_nothing_behind_within_seconds(story: Story) -> None:
 
 def test_killed_campaign_comes_to_its_end(story: Story) -> None:
     assert story.kills == len(KILL_AFTER)
-    assert story.last == (0, "max_labels: 18 labels\n")
-    assert story.state.n_labels == 18
+    assert story.last == (0, "max_labels: 22 labels\n")
+    assert story.state.n_labels == 22
     assert story.state.models[-1].n_labels == story.state.n_train
     assert not story.workers()
 
