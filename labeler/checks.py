@@ -6,7 +6,6 @@ import math
 from typing import Any
 
 import numpy as np
-from ase import neighborlist
 
 from labeler.config import LabelerSettings
 from labeler.engine import Answer
@@ -25,6 +24,8 @@ def frame_fault(frame: Frame, settings: LabelerSettings) -> str:
 
 def _shortest(frame: Frame, within_A: float) -> float:
     """Shortest pair distance, periodic images included, A; infinite when there is no pair within `within_A`."""
+    from ase import neighborlist  # only here: it takes a third of a second, and drivers compute no label
+
     find_pairs: Any = neighborlist.primitive_neighbor_list  # ASE has no types for it
     distances = find_pairs("d", frame.pbc, frame.cell, frame.positions, within_A)
     return float(np.min(distances, initial=np.inf))

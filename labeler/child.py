@@ -1,4 +1,4 @@
-"""What runs inside the process that really computes? `python -m labeler.child JOB`: frames in, one answer file each.
+"""What runs inside the process that really computes? `python -m labeler JOB`: frames in, one answer file each.
 
 It computes one frame after the other, each in its own folder, and knows nothing of time limits or shards: the parent
 watches the clock, checks what comes out and publishes it.
@@ -6,7 +6,6 @@ watches the clock, checks what comes out and publishes it.
 
 from __future__ import annotations
 
-import faulthandler
 import json
 import os
 import resource
@@ -30,7 +29,7 @@ from shards.frame import Frame
 from shards.outcome import FailureClass
 from shards.settings import parse_settings
 
-__all__ = ["Report", "engine_of", "read_report", "write_job"]
+__all__ = ["Report", "engine_of", "main", "read_report", "write_job"]
 
 ANSWER, LOG = "answer.json", "log.txt"
 
@@ -156,8 +155,3 @@ def _abort() -> None:
 
     sys.stderr.flush()
     MPI.COMM_WORLD.Abort(1)
-
-
-if __name__ == "__main__":
-    faulthandler.enable()
-    main(sys.argv[1])

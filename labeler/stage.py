@@ -242,7 +242,7 @@ def _last_line(log: Path) -> str:
 
 def _command(settings: LabelerSettings, job: Path) -> list[str]:
     launcher = launch_words(_launcher(settings), settings.ranks, os.environ) if settings.ranks > 1 else []
-    return [*launcher, sys.executable, "-m", "labeler.child", str(job)]
+    return [*launcher, sys.executable, "-m", "labeler", str(job)]
 
 
 def _launcher(settings: LabelerSettings) -> tuple[str, ...]:

@@ -19,7 +19,6 @@ from potential.model_file import load_committee
 from sampler.batch import Walker
 from sampler.builder import CrowdedCellError
 from sampler.config import BuilderSettings, SamplerSettings
-from sampler.cutting import cut_clusters
 from sampler.engine import Tally, run_walkers
 from sampler.levels import expected_seconds, gaps, worth
 from sampler.molecules import EmbeddingError
@@ -94,6 +93,8 @@ def sample(
         return Outcome("sample", clock.timing(), failure=Failure(FailureClass.GEOMETRY, str(error)))
     with clock.phase("selection"):
         if builder.molecules.given and builder.molecules.cut_molecules:
+            from sampler.cutting import cut_clusters  # only here: it takes a third of a second
+
             candidates = cut_clusters(committee, candidates, builder.molecules.cut_molecules)
         origins = [frame.origin for frame in candidates]
         scores = np.array([severity(origin.energy_spread, origin.force_spread, settings) for origin in origins])

@@ -11,7 +11,6 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from torch.utils.tensorboard.writer import SummaryWriter
 
 from trainer.checkpoint import write_atomically
 
@@ -29,6 +28,8 @@ class Monitor:
     """
 
     def __init__(self, folder: Path, first_epoch: int, max_epochs: int) -> None:
+        from torch.utils.tensorboard.writer import SummaryWriter  # only here: other ranks start without it
+
         path = folder / "metrics.jsonl"
         kept = [line for line in _lines(path) if json.loads(line)["epoch"] < first_epoch]
         write_atomically(path, "".join(f"{line}\n" for line in kept).encode())

@@ -207,10 +207,11 @@ def test_without_triton_plain_pytorch_takes_over_with_one_warning(monkeypatch, r
     assert "plain PyTorch runs on the GPU, several times slower" in str(warning.message)
 
 
-def test_the_programs_compile_for_an_h200(tmp_path):
+def test_the_programs_compile_for_an_h200(pytestconfig):
     script = Path(__file__).with_name("compile_programs.py")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    # Kept from run to run: what Triton finds there it has compiled from the same source.
+    environment["TRITON_CACHE_DIR"] = str(pytestconfig.cache.mkdir("triton"))
     done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert set(done.stdout.split()) == set(programs.__all__)

@@ -51,7 +51,7 @@ def fcc(lattice_constant_A=4.05):
 
 def disordered():
     atoms = bulk("Al", "fcc", 4.05, cubic=True)
-    atoms.set_cell([[4.75, 0.25, 0.0], [0.0, 3.7, 0.1], [0.1, 0.0, 3.8]], scale_atoms=True)
+    atoms.set_cell([[4.25, 0.25, 0.0], [0.0, 4.0, 0.1], [0.1, 0.0, 4.0]], scale_atoms=True)  # 4 k-points a side
     atoms.rattle(0.2, seed=4)
     return atoms
 
