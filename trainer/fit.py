@@ -146,22 +146,13 @@ def role_sums(problem: Problem, parameters: Tensor, role: int) -> Tensor:
     if problem.dataset.borrowed:
         weights = replace(weights, force=0.0)
     sums = parameters.new_zeros(len(parameters), len(COLUMNS), dtype=torch.float64)
-    for members in _at_a_time(parameters):
-        has_role = problem.roles[members] == role
-        structures = torch.nonzero(has_role.any(0)).squeeze(1).numpy()
-        counts = has_role.to(parameters.device)
-        for part, block, truth in problem.blocks(problem.mine(structures)):
-            energies, g, _ = problem.networks.forward(parameters[members], block.aev, block.elements)
-            energy = energies.new_zeros(len(energies), len(part)).index_add_(1, block.frame_of_atom, energies)
-            errors = compare(energy, *block.project(g), truth, weights)
-            sums[members] += (errors.sums * counts[:, part, None]).sum(1, dtype=torch.float64)
+    for member, roles in enumerate(problem.roles):
+        structures = torch.nonzero(roles == role).squeeze(1).numpy()
+        for part, block, truth in problem.blocks(problem.mine(structures), alone=True):
+            energies, g, _ = problem.networks.forward(parameters[member, None], block.aev, block.elements)
+            energy = energies.new_zeros(1, len(part)).index_add_(1, block.frame_of_atom, energies)
+            sums[member] += compare(energy, *block.project(g), truth, weights).sums.sum((0, 1), dtype=torch.float64)
     return sums
-
-
-def _at_a_time(parameters: Tensor) -> list[slice]:
-    """Members whose frames are gone through together: on a GPU all, though most have another role for some of them."""
-    size = 1 if parameters.device.type == "cpu" else len(parameters)
-    return [slice(k, k + size) for k in range(0, len(parameters), size)]
 
 
 def _epoch(

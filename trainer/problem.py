@@ -34,7 +34,7 @@ __all__ = ["Example", "Problem", "make_examples", "references"]
 log = logging.getLogger(__name__)
 # The kernels cut atoms into blocks of their own. Against 512, molecules step 1.2 times as fast, 108-atom cells 1.08.
 ATOMS_PER_BLOCK = 2048
-ATOMS_PER_BLOCK_GPU = 32_768
+ATOMS_PER_BLOCK_GPU, ATOMS_PER_BLOCK_GPU_ALONE = 32_768, 131_072  # the latter of a single member
 BLOCKS_AHEAD = 4
 N_SAMPLED, N_DERIVED, MOST_DERIVED = 64, 4, 128  # structures whose sizes are measured; atoms of the last
 OBJECTS_BYTES = 4500  # of the Python objects of one Example, measured
@@ -150,13 +150,16 @@ class Problem:
                 self._coming.expect(self._cut(self.mine(following)))
             yield structures
 
-    def blocks(self, indices: NDArray[np.int64]) -> Iterator[tuple[Tensor, Block, References]]:
-        """Join structures of this rank, as many as fit a core's cache or fill a GPU; yield them with their indices."""
-        parts = self._cut(indices)
+    def blocks(self, indices: NDArray[np.int64], *, alone: bool = False) -> Iterator[tuple[Tensor, Block, References]]:
+        """Join structures of this rank, as many as fit a core's cache or fill a GPU; yield them with their indices.
+
+        alone: for a single member, whose blocks may be larger.
+        """
+        parts = self._cut(indices, ATOMS_PER_BLOCK_GPU_ALONE if alone else ATOMS_PER_BLOCK_GPU)
         return map(self._block, parts) if self.plan.descriptors else self._coming.each(parts)
 
-    def _cut(self, indices: NDArray[np.int64]) -> list[NDArray[np.int64]]:
-        at_a_time = ATOMS_PER_BLOCK if self.device.type == "cpu" else ATOMS_PER_BLOCK_GPU
+    def _cut(self, indices: NDArray[np.int64], on_gpu: int = ATOMS_PER_BLOCK_GPU) -> list[NDArray[np.int64]]:
+        at_a_time = ATOMS_PER_BLOCK if self.device.type == "cpu" else on_gpu
         block = (np.cumsum(self.dataset.n_atoms[indices]) - 1) // at_a_time
         return np.split(indices, np.flatnonzero(np.diff(block)) + 1) if len(indices) else []
 

@@ -13,7 +13,6 @@ from potential.committee import Committee
 from potential.config import PotentialSettings
 from potential.kernels import gpu
 from shards import Frame, Label, Level, write_labels
-from trainer import fit
 from trainer.config import TrainerSettings
 from trainer.dataset import load_dataset
 from trainer.fit import role_sums
@@ -89,7 +88,6 @@ def test_a_step_with_the_gpu_s_programs_is_that_of_the_cpu(problem, parameters, 
     steps = Steps(there, parameters)
     for ours, theirs in zip(steps.gradient(few), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()))
-    monkeypatch.setattr(fit, "_at_a_time", lambda parameters: [slice(0, len(parameters))])
     torch.testing.assert_close(role_sums(there, parameters, VALID), roles, rtol=1e-4, atol=1e-4)
 
 
