@@ -1,4 +1,5 @@
-"""What does a GPU do: forces of the committee on batched aluminium and on one large cell, and training with forces?
+"""What does a GPU do: forces of the committee on batched aluminium and on one large cell, training with forces, and
+steps of walkers?
 
 Run: python -m benchmarks.gpu [--device cuda] [--labels SHARD [--minutes LIMIT]]. Rates are those on the clock after
 all work is done. Agreement is that with the same committee on the CPU. With --labels there is one row only: eight
@@ -28,8 +29,11 @@ from potential.committee import Committee
 from potential.config import PotentialSettings
 from potential.neighbours import find_neighbours
 from potential.structures import Structures
+from sampler.batch import Batch, Walker, start_batch
 from sampler.builder import random_frame
-from sampler.config import BuilderSettings
+from sampler.config import BuilderSettings, SamplerSettings
+from sampler.dynamics import Dynamics
+from sampler.schedules import draw_schedule
 from shards import Label, Level, Manifest, open_shard, write_labels
 from shards.frame import Frame
 from trainer.config import TrainerSettings
@@ -71,6 +75,30 @@ def training(committee: Committee, n_cells: int, device: str) -> Row:
     rate = n_cells / timed(torch.device(device), task.step).median
     work = f"{name(device)}: training with forces, {n_cells} cells of 108 Al"
     return Row(work, rate, "structures/s", *TRAINING, f"{rate:,.0f}/s, {memory_GB(torch.device(device))}")
+
+
+def walking(committee: Committee, n_walkers: int, device: str) -> Row:
+    """Steps per second of a batch of walkers at 1000 K, with checks, thermostats, and lists that are found again."""
+    settings = SamplerSettings(
+        temperature_start_K=(1000.0, 1000.0), temperature_end_K=(1000.0, 1000.0), settle_steps=0, device=device
+    )
+    walkers = [Walker(seed, crystal(3, seed), draw_schedule(settings, seed)) for seed in range(n_walkers)]
+    batch = start_batch(walkers, ("Al",), device)
+    Dynamics(committee, settings).prepare(batch)
+    recorded_s, launched_s = (
+        timed(torch.device(device), partial(dynamics.advance, batch)).median / settings.check_every
+        for dynamics in (Dynamics(committee, settings), Launching(committee, settings))
+    )
+    work = f"{name(device)}: {n_walkers} walkers of 108 Al, steps with their checks"
+    ours, peer = f"{1e3 * recorded_s:.2f} ms a step", f"launched one by one {1e3 * launched_s:.2f} ms"
+    return Row(work, len(batch.positions) / recorded_s, "atom-steps/s", None, None, ours, peer)
+
+
+class Launching(Dynamics):
+    """Dynamics without recordings."""
+
+    def _recording(self, batch: Batch) -> None:
+        return None
 
 
 def published(labels: Path, device: str, minutes: float) -> Row:
@@ -156,7 +184,7 @@ def main() -> None:
     if arguments.labels:
         publish([published(arguments.labels, device, arguments.minutes)])
         return
-    n_cells, side, n_trained = (1024, 69, 128) if on_gpu else (4, 5, 8)
+    n_cells, side, n_trained, n_walkers = (1024, 69, 128, 64) if on_gpu else (4, 5, 8, 2)
     batch, large = [crystal(3, seed) for seed in range(n_cells)], crystal(side)
     committee = aluminium().to(device)
     size = f"{n_cells} x 108 Al"
@@ -164,6 +192,7 @@ def main() -> None:
         forces(committee, batch, f"mean forces of 8, {size}", MEAN, "mean"),
         forces(committee, batch, f"forces of 8 members, {size}", None, "members"),
         training(aluminium(), n_trained, device),
+        walking(committee, n_walkers, device),
         forces(committee, [large], f"mean forces of 8, one cell of {large.n_atoms:,} Al", None, "mean"),
     ]
     publish(rows)

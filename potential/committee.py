@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -138,6 +138,12 @@ class Committee(torch.nn.Module):
                     drawn = torch.randn(weight.shape[1:], generator=generator, dtype=torch.float64)
                     weight[member] = drawn / weight.shape[2] ** 0.5
                     bias[member] = 0.0
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Committee:
+        """Self energies go where the networks go, and stay in float64."""
+        moved: Committee = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        moved.self_energies = moved.self_energies.to(moved.device)
+        return moved
 
     @property
     def cutoff_A(self) -> float:

@@ -77,6 +77,32 @@ class SkinList:
             self.n_builds += 1
         return self._built[2]
 
+    @property
+    def neighbours(self) -> Neighbours:
+        """Those of the last update."""
+        assert self._built is not None
+        return self._built[2]
+
+    def is_of(self, structures: Structures) -> bool:
+        """Whether the last update was for this very batch."""
+        return self._built is not None and self._built[0].n_atoms is structures.n_atoms
+
+    def bounds(self, structures: Structures) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where cells have carried the atoms since the pairs were found, (N, 3), A, and slacks of frames, (B,), A.
+
+        The pairs hold while no atom is farther from there than half the slack.
+        """
+        assert self._built is not None
+        strain, slack = self._strain(structures)
+        carried = torch.einsum("ni,nij->nj", self._built[0].positions, strain.index_select(0, structures.frame_of_atom))
+        return carried, slack
+
+    def _strain(self, structures: Structures) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, 3, 3) and (B,), A: what cells have been multiplied by since the pairs were found, and what is left."""
+        assert self._built is not None
+        strain = self._built[1] @ complete_cells(structures)
+        return strain, (self.cutoff_A + self.skin_A) * torch.linalg.matrix_norm(strain, -2) - self.cutoff_A
+
     def _holds(self, structures: Structures) -> bool:
         assert self._built is not None
         built, inverse, _ = self._built
@@ -89,8 +115,7 @@ class SkinList:
             return True
         if torch.equal(built.cell, structures.cell):
             return False
-        strain = inverse @ complete_cells(structures)
-        slack = (self.cutoff_A + self.skin_A) * torch.linalg.matrix_norm(strain, -2) - self.cutoff_A
+        strain, slack = self._strain(structures)
         return not kernels.have_moved(structures, built.positions, strain, slack).any()
 
 

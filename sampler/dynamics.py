@@ -21,6 +21,7 @@ from potential.neighbours import Neighbours, SkinList, shortest_distances
 from potential.structures import Structures
 from sampler.batch import Batch, Snapshot
 from sampler.config import SamplerSettings
+from sampler.recorded import Halt, RecordedSteps, worth_recording
 from sampler.triggers import Reading, Spread
 from shards.schema import AMU_eV_fs2_A2, BOLTZMANN_eV_K
 
@@ -60,6 +61,7 @@ class Dynamics:
         self._push = settings.timestep_fs / 2 / AMU_eV_fs2_A2
         self._damping = math.exp(-settings.friction_per_ps * settings.timestep_fs / 1000)
         self._pairs = SkinList(model.cutoff_A, settings.skin_A)
+        self._recorded: RecordedSteps | None = None
 
     @property
     def n_neighbour_searches(self) -> int:
@@ -80,17 +82,41 @@ class Dynamics:
     def advance(self, batch: Batch) -> None:
         """Take the steps to the next check, and the readings there."""
         variance = 1 - self._damping**2
-        batch.noise_scale = (variance * self._thermal_energies(batch) * batch.inverse_mass).sqrt()
+        batch.noise_scale.copy_((variance * self._thermal_energies(batch) * batch.inverse_mass).sqrt())
         steps = batch.steps()
-        for _ in range(self.settings.check_every - 1):
-            self._drift(batch, steps.add_(1))
-            self._evaluate(batch, self._pairs)
-            self._kick(batch)
+        self._take_steps(batch, steps, self.settings.check_every - 1)
         self._drift(batch, steps.add_(1))
         self._follow_densities(batch)
         evaluation = self._evaluate(batch, self._pairs, "members")
         self._kick(batch)
         self._read(batch, evaluation, self._pairs)
+
+    def _take_steps(self, batch: Batch, steps: Tensor, n: int) -> None:
+        while n > 0:
+            if recorded := self._recording(batch):
+                taken, halt = recorded.run(steps, n)
+                n -= taken
+                if halt is None:
+                    continue
+                if halt is Halt.OUTDATED:
+                    self._evaluate(batch, self._pairs)
+            else:
+                self._drift(batch, steps.add_(1))
+                self._evaluate(batch, self._pairs)
+            self._kick(batch)
+            n -= 1
+
+    def _recording(self, batch: Batch) -> RecordedSteps | None:
+        """Where steps are worth it, their recording, with the list of now; not before the list is of this batch."""
+        if not worth_recording(batch) or not self._pairs.is_of(batch.structures):
+            return None
+        recorded = self._recorded
+        if recorded is None or recorded.batch is not batch or not recorded.follow(self._pairs):
+            limit = self.settings.max_force_eV_A
+            recorded = RecordedSteps(batch, self._pairs, self._drift, self._mean_forces, self._push, limit, recorded)
+            recorded.follow(self._pairs)
+            self._recorded = recorded
+        return recorded
 
     def _drift(self, batch: Batch, steps: Tensor) -> None:
         """From the forces at the old positions to the new positions: B, A, O, A."""
@@ -108,6 +134,11 @@ class Dynamics:
         assert evaluation.forces_mean is not None
         batch.forces.copy_(evaluation.forces_mean)
         return evaluation
+
+    def _mean_forces(self, batch: Batch, neighbours: Neighbours) -> Tensor:
+        forces = self.model.evaluate(batch.structures, neighbours).forces_mean
+        assert forces is not None
+        return forces
 
     def _thermal_energies(self, batch: Batch) -> Tensor:
         """(n_atoms, 1), amu (A/fs)^2: kT of each atom's thermostat at the last check."""

@@ -88,7 +88,8 @@ def _blocks(row: torch.Tensor, n_pairs: int, bytes_per_atom: float) -> list[tupl
     n_atoms = len(row) - 1
     allowed = BLOCK_BYTES_CPU if row.device.type == "cpu" else BLOCK_BYTES
     size = max(1, int(allowed / max(1.0, bytes_per_atom)))
-    if n_atoms <= size:
+    # What is being recorded waits for nothing, and goes through all atoms at once: its caller sees that they are few.
+    if n_atoms <= size or (row.is_cuda and torch.cuda.is_current_stream_capturing()):
         return [((0, n_atoms), (0, n_pairs))]
     atoms = [*range(0, n_atoms, size), n_atoms]
     pairs = row[torch.tensor(atoms, device=row.device)].tolist()

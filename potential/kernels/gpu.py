@@ -18,9 +18,9 @@ import triton
 from potential.aev import AEVParameters
 from potential.kernels import blocks, layers, programs, reference
 from potential.kernels.layers import Layout
+from potential.kernels.motion import Moving
 from potential.kernels.reference import (
     Stack,
-    drift,
     find_pairs,
     have_moved,
     keep,
@@ -56,7 +56,7 @@ __all__ = [
     "shortest_distances",
 ]
 
-PAIRS_PER_PROGRAM, VALUES_PER_PROGRAM = 128, 1024
+PAIRS_PER_PROGRAM, ATOMS_PER_PROGRAM, VALUES_PER_PROGRAM = 128, 128, 1024
 CUTS = 16  # of sums over the atoms of a training step
 LAYER_ROWS = 64  # atoms of a program of such a step
 WARP = 32  # lanes of a program with a pair or a triple each
@@ -175,6 +175,29 @@ def pair_vectors(
         num_warps=1,
     )
     return out
+
+
+def drift(atoms: Moving, step: torch.Tensor, push: float, half_step_fs: float, damping: float) -> None:
+    """As potential.kernels.drift."""
+    n_atoms = len(atoms.positions)
+    _launch(
+        programs.drift,
+        (triton.cdiv(n_atoms, ATOMS_PER_PROGRAM),),
+        atoms.positions,
+        atoms.velocities,
+        atoms.forces,
+        atoms.inverse_mass,
+        atoms.noise_scale,
+        atoms.frame_of_atom,
+        atoms.first_atom,
+        atoms.noise_key,
+        step,
+        n_atoms,
+        PUSH=push,
+        HALF_STEP=half_step_fs,
+        DAMPING=damping,
+        BLOCK=ATOMS_PER_PROGRAM,
+    )
 
 
 def pair_sums(
@@ -344,7 +367,8 @@ def _layers(layout: Layout, celu_alpha: float, rows: int) -> dict[str, Any]:
         "OFFSETS": layout.offsets,
         "ALPHA": celu_alpha,
         "ROWS": rows,
-        "num_warps": 8,
+        # Eight would read beyond their shared memory in a product of 64 rows and 16 columns (Triton 3.6, H100).
+        "num_warps": 8 if rows == 128 else 4,
         "num_stages": 1,  # the weights of all layers, read ahead, would not fit in shared memory
     }
 
@@ -372,7 +396,7 @@ def backward_layers(
     lower, upper = flat.new_empty(size * sum(widths[:-1])), flat.new_empty(size * sum(widths[1:-1]))
     grid = triton.cdiv(n_rows, LAYER_ROWS), n_members
     counts = len(atoms), len(aev), n_rows, flat.shape[1]
-    constants = _layers(layout, celu_alpha, LAYER_ROWS) | {"N_MEMBERS": n_members, "num_warps": 4}
+    constants = _layers(layout, celu_alpha, LAYER_ROWS) | {"N_MEMBERS": n_members}
     _launch(programs.layers_up, grid, aev, atoms, flat, by_energy, by_g, lower, into, *counts, **constants)
     _launch(programs.layers_down, grid, atoms, flat, by_energy, lower, upper, into, *counts, **constants)
     below = lower.split([size * width for width in widths[:-1]])

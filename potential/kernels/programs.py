@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from potential.aev import ANGLE_SCALE
+from potential.kernels import motion
 from potential.kernels.reference import RADIAL_PREFACTOR, SHORTEST_A
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "angular_sums",
     "angular_vjp",
     "celu",
+    "drift",
     "find_reverse",
     "layers_down",
     "layers_up",
@@ -45,6 +47,66 @@ PI = tl.constexpr(math.pi)
 PREFACTOR = tl.constexpr(RADIAL_PREFACTOR)
 SHORTEST = tl.constexpr(SHORTEST_A)
 SCALE = tl.constexpr(ANGLE_SCALE)
+LOW = tl.constexpr(motion.LOW)
+MULTIPLIERS, INCREMENTS = tl.constexpr(motion.MULTIPLIERS), tl.constexpr(motion.INCREMENTS)
+
+
+@triton.jit
+def _normals(first, second, third, key):
+    """Three standard normal numbers of a counter of 32-bit words, the fourth 0, and a key, all int64; see motion.py."""
+    a, b, c, d = first, second, third, first * 0
+    low, high = key & LOW, (key >> 32) & LOW
+    for _ in tl.static_range(10):
+        p, q = a * MULTIPLIERS[0], c * MULTIPLIERS[1]
+        a, b, c, d = ((q >> 32) & LOW) ^ b ^ low, q & LOW, ((p >> 32) & LOW) ^ d ^ high, p & LOW
+        low, high = (low + INCREMENTS[0]) & LOW, (high + INCREMENTS[1]) & LOW
+    radius, angle = _polar(a, b)
+    other_radius, other_angle = _polar(c, d)
+    return radius * tl.cos(angle), radius * tl.sin(angle), other_radius * tl.cos(other_angle)
+
+
+@triton.jit
+def _polar(one, other):
+    """Radius and angle of a pair of normal numbers, from two words."""
+    fraction = (one >> 8).to(tl.float64) / 2**24
+    radius = tl.sqrt(tl.maximum(-2 * tl.log(fraction + 2**-24), 0.0))
+    return radius, (2 * ((other >> 8).to(tl.float64) / 2**24) - 1) * PI
+
+
+@triton.jit
+def drift(
+    positions,
+    velocities,
+    forces,
+    inverse_mass,
+    noise_scale,
+    frame_of_atom,
+    first_atom,
+    noise_key,
+    step,
+    n_atoms,
+    PUSH: tl.constexpr,
+    HALF_STEP: tl.constexpr,
+    DAMPING: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Move atoms by B, A, O, A of BAOAB, as motion.drift does."""
+    atom = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    there = atom < n_atoms
+    frame = tl.load(frame_of_atom + atom, mask=there, other=0)
+    mass = tl.load(inverse_mass + atom, mask=there, other=0.0)
+    scale = tl.load(noise_scale + atom, mask=there, other=0.0)
+    number = tl.load(step + frame)
+    draws = _normals(atom - tl.load(first_atom + frame), number & LOW, (number >> 32) & LOW, tl.load(noise_key + frame))
+    for axis in tl.static_range(3):
+        place = 3 * atom + axis
+        velocity = tl.load(velocities + place, mask=there, other=0.0)
+        velocity += tl.load(forces + place, mask=there, other=0.0) * mass * PUSH
+        position = tl.load(positions + place, mask=there, other=0.0) + velocity * HALF_STEP
+        if DAMPING != 1:
+            velocity = velocity * DAMPING + draws[axis] * scale
+        tl.store(velocities + place, velocity, mask=there)
+        tl.store(positions + place, position + velocity * HALF_STEP, mask=there)
 
 
 @triton.jit

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from test_kernels_motion import atoms as moving_atoms
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
@@ -54,6 +55,8 @@ def main() -> None:
         gpu.pair_tangents(vec[None], vec.new_zeros(1, 1, 6), vec, row, other, frame)
         gpu.find_reverse(vec, row, other)
         gpu.celu(vec, 0.1)
+    atoms = moving_atoms([1, 1])
+    gpu.drift(atoms, atoms.noise_key, 0.1, 0.1, 0.5)
     vec = vec.float()
     gpu.aev_vjp(vec, row, pair.species, vec.new_zeros(3, 2, p.length), p)
     gpu.aev_jvp(vec, row, pair.species, vec.expand(3, -1, -1), p)

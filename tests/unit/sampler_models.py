@@ -59,12 +59,13 @@ class SoftSpheres:
 
     def evaluate(self, structures, neighbours=None, *, forces="mean", stress=False):
         pairs = find_neighbours(structures, self.cutoff_A) if neighbours is None else neighbours
-        vectors = pair_vectors(structures, pairs)
+        centre = torch.repeat_interleave(pairs.row.diff())  # a list may have room for more
+        vectors = pair_vectors(structures, pairs)[: len(centre)]
         r = vectors.norm(dim=1)
         overlap = (1 - r / self.cutoff_A).clamp(min=0)
         pull = -3 * self.strength / self.cutoff_A * overlap**2 / r
-        mean = torch.zeros_like(structures.positions).index_add_(0, pairs.centre, pull[:, None] * vectors)
-        frames = structures.frame_of_atom[pairs.centre]
+        mean = torch.zeros_like(structures.positions).index_add_(0, centre, pull[:, None] * vectors)
+        frames = structures.frame_of_atom[centre]
         energy = torch.zeros(structures.n_frames, dtype=r.dtype)
         energy.index_add_(0, frames, self.strength / 2 * overlap**3)
         return Evaluation(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import os
 import subprocess
@@ -14,15 +15,22 @@ import numpy as np
 import pytest
 import torch
 from pretended_device import like, pretended_device
+from sampler_models import constant_conditions, fcc_frame, walker
 from test_kernels_evaluate import AEV, CELU_ALPHA, N_MEMBERS, SELF_ENERGIES, stacks
+from test_kernels_motion import atoms as moving_atoms
 from test_kernels_native import ALUMINIUM, environments, gap, numeric
 from test_kernels_training import pass_through_layers
 
 pytest.importorskip("triton")
 from potential import kernels
+from potential.aev import AEVParameters
+from potential.committee import Committee
+from potential.config import PotentialSettings
 from potential.kernels import Stack, blocks, gpu, programs, reference
 from potential.neighbours import find_neighbours, pair_vectors
 from potential.structures import Structures
+from sampler import dynamics
+from sampler.batch import start_batch
 from shards.frame import Frame
 
 DEVICE = "cpu" if os.environ["TRITON_INTERPRET"] == "1" else "cuda"
@@ -125,7 +133,7 @@ def test_energies_and_the_gradient_of_a_loss_are_those_of_the_reference(dtype, m
         assert gap(ours.cpu(), numeric(truth)) < TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("widths", [(11, 7, 1), (150, 72, 100, 30, 1)])
+@pytest.mark.parametrize("widths", [(11, 7, 1), (150, 72, 100, 30, 1), (384, 160, 128, 96, 1)])
 def test_networks_of_any_width_are_those_of_the_reference(widths):
     random, n_members = torch.manual_seed(5), 2
     shapes = [(n_members, n_out, n_in) for n_in, n_out in itertools.pairwise(widths)]
@@ -238,3 +246,31 @@ def test_what_is_not_a_number_is_not_hidden_by_an_activation():
     values = torch.tensor([[1.0, -0.3, torch.nan]], dtype=torch.float64, device=DEVICE)
     for ours, truth in zip(gpu.celu(values.clone(), 0.1), reference.celu(values.cpu(), 0.1), strict=True):
         torch.testing.assert_close(ours.cpu(), truth, equal_nan=True)
+
+
+@pytest.mark.parametrize("damping", [1.0, 0.9])
+def test_a_drift_is_that_of_the_reference(damping):
+    batch, step = moving_atoms(), torch.tensor([0, 1, 7, 2**40 + 3, 2**31])
+    there = replace(batch, **{name: value.to(DEVICE, copy=True) for name, value in vars(batch).items()})
+    gpu.drift(there, step.to(DEVICE), 0.03, 0.25, damping)
+    reference.drift(batch, step, 0.03, 0.25, damping)
+    for name in ("positions", "velocities"):
+        torch.testing.assert_close(getattr(there, name).cpu(), getattr(batch, name), rtol=1e-13, atol=1e-13)
+
+
+def test_walkers_take_recorded_steps(monkeypatch):
+    """On a GPU a graph is repeated; the list has room for more pairs. The first step is not recorded anywhere."""
+    moved = []
+    settings = constant_conditions(2000.0, check_every=4 if DEVICE == "cpu" else 50, skin_A=0.5)
+    shape = PotentialSettings(radial_cutoff_A=4, angular_cutoff_A=3, n_radial=3, n_angular=2, n_angular_radial=2)
+    committee = Committee(["Al"], AEVParameters.from_settings(shape, 1), [(8, 4)], n_members=2)
+    committee.reset_parameters(seed=0)
+    for device, programs_of, record in ((DEVICE, "gpu", True), ("cpu", "reference", False)):
+        monkeypatch.setenv("SMELT_KERNELS", programs_of)
+        monkeypatch.setattr(dynamics, "worth_recording", lambda batch, record=record: record)
+        moving = dynamics.Dynamics(copy.deepcopy(committee).to(device), settings)
+        batch = start_batch([walker(0, fcc_frame(1), settings)], ["Al"], device)
+        moving.prepare(batch)
+        moving.advance(batch)
+        moved.append(torch.cat([batch.positions, 10 * batch.velocities]).cpu())
+    assert gap(moved[0], numeric(moved[1])) < 1e-5

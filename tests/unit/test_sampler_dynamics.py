@@ -9,6 +9,7 @@ from ase.neighborlist import neighbor_list
 from sampler_models import SoftSpheres, Trap, atoms_at_sites, constant_conditions, fcc_frame, from_sites, walker
 
 from potential.neighbours import find_neighbours, shortest_distances
+from sampler import dynamics as sampler_dynamics
 from sampler.batch import Walker, join, start_batch
 from sampler.dynamics import Dynamics, committee_spreads
 from sampler.schedules import Schedule
@@ -89,6 +90,41 @@ def test_without_friction_a_free_oscillator_has_its_closed_form_period():
     expected = velocity * np.sin(omega * 100.0) / omega
     # Velocity Verlet is late by (omega dt)^2 / 24 of the phase: 1e-4 after 4 rad.
     assert batch.positions.numpy() == pytest.approx(expected.numpy(), abs=3e-4 * float(expected.abs().max()))
+
+
+def _after_checks(monkeypatch, recorded, model, settings, frames, n_checks):
+    monkeypatch.setattr(sampler_dynamics, "worth_recording", lambda batch: recorded)
+    dynamics, batch = start(model, settings, *frames)
+    for _ in range(n_checks):
+        dynamics.advance(batch)
+    return dynamics, batch
+
+
+def test_recorded_steps_are_those_that_are_launched_one_by_one(monkeypatch):
+    """With cells that change at checks, and lists that are found again in between, at times of more pairs."""
+    settings = constant_conditions(
+        2000.0, check_every=40, skin_A=0.5, density_end_factor=(1.2, 1.2), max_time_ps=0.2, timestep_fs=2.0
+    )
+    frames = fcc_frame(2), fcc_frame(1, 3.9), fcc_frame(2, 4.2)
+    plain, expected = _after_checks(monkeypatch, False, SoftSpheres(), settings, frames, 4)
+    dynamics, batch = _after_checks(monkeypatch, True, SoftSpheres(), settings, frames, 4)
+    assert plain._recorded is None
+    assert dynamics._recorded.batch is batch
+    assert dynamics.n_neighbour_searches == plain.n_neighbour_searches > 5
+    for name in ("positions", "velocities", "forces", "cell"):
+        torch.testing.assert_close(getattr(batch, name), getattr(expected, name), rtol=0, atol=1e-9)
+
+
+def test_a_walker_that_blows_up_in_recorded_steps_is_stopped_in_its_step(monkeypatch):
+    settings = constant_conditions(3000.0, friction_per_ps=100.0, check_every=30)
+    frames = [atoms_at_sites(n) for n in (3, 1, 5)]
+    _, expected = _after_checks(monkeypatch, False, Trap(breaks_at_A=0.6), settings, frames, 3)
+    _, batch = _after_checks(monkeypatch, True, Trap(breaks_at_A=0.6), settings, frames, 3)
+    blown = [each.blown for each in expected.walkers]
+    assert {True, False} == set(blown)
+    assert [each.blown for each in batch.walkers] == blown
+    for name in ("positions", "velocities", "forces"):
+        torch.testing.assert_close(getattr(batch, name), getattr(expected, name), rtol=0, atol=1e-9)
 
 
 def test_cells_and_positions_follow_the_density_schedule():
