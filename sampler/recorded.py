@@ -87,6 +87,7 @@ class RecordedSteps:
         """
         self._steps.copy_(steps)
         self._state.zero_()
+        self._seen.zero_()  # what a former run came to
         with torch.cuda.device_of(self.batch.cell):
             self._repeat(n)
         steps.copy_(self._steps)
