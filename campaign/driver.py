@@ -6,7 +6,6 @@ Every decision comes from the replayed ledger, every result is in it before anyt
 from __future__ import annotations
 
 import math
-import os
 import shutil
 import signal
 import threading
@@ -60,6 +59,7 @@ from campaign.tasks import candidates_path, parent_of, scratch_folder, stage_cal
 from campaign.versions import revision, versions
 from campaign.worker import forget_work, has_begun, perform, read_outcome
 from sampler.triggers import severity
+from shards.files import write_atomically
 from shards.frame import Frame
 from shards.outcome import Failure, FailureClass, Outcome, Timing
 from shards.reader import ShardError, open_shard
@@ -101,7 +101,7 @@ def run_campaign(
     with _lease(run_dir, config) as holder, Ledger(run_dir) as ledger:
         if not _open_campaign(config, run_dir, ledger, level):
             return ledger.replay.state()
-        _write_atomically(run_dir / "site.toml", document(SITE_HEADER, site))
+        write_atomically(run_dir / "site.toml", document(SITE_HEADER, site).encode())
         reconcile(run_dir, ledger, level)
         with _interruptible() as interrupted, _session(config, site, ledger, holder):
             try:
@@ -178,7 +178,7 @@ def _open_campaign(config: CampaignConfig, run_dir: Path, ledger: Ledger, level:
         )
     if state.finished and not state.failed and state.config_digest == digest:
         return False
-    _write_atomically(run_dir / "config.toml", to_toml(config))
+    write_atomically(run_dir / "config.toml", to_toml(config).encode())
     if not state.seq:
         ledger.append(
             "campaign_started",
@@ -536,12 +536,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    partial = path.with_suffix(".part")
-    with partial.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)

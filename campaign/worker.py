@@ -27,6 +27,7 @@ from campaign.horizon import BLOCK_END
 from campaign.lease import Holder, is_alive, kill
 from campaign.stop import stop_request
 from campaign.tasks import Call, run_dir_of
+from shards.files import write_atomically
 from shards.outcome import Clock, Failure, FailureClass, Outcome
 
 __all__ = ["GPUS", "PIN", "Work", "forget_work", "has_begun", "one_gpu", "perform", "read_outcome", "work_under_way"]
@@ -56,14 +57,14 @@ def perform(call: Call, scratch: Path, driver: Holder) -> dict[str, Any]:
     _pin()
     scratch.mkdir(parents=True, exist_ok=True)
     work = Work(scratch.name, socket.gethostname(), time.time(), os.environ.get("SLURM_JOB_ID", ""))
-    _publish(asdict(work), scratch / WORK)
+    write_atomically(scratch / WORK, json.dumps(asdict(work)).encode())
     # In this order: a driver that sees the request and no such file knows that the task will not begin.
     if stop_request(run_dir_of(scratch)):
         forget_work(scratch)
         return Outcome(call.function, Clock().timing(), facts={"withheld": True}).to_dict()
     with _Watch(driver):
         outcome = read_outcome(scratch) or _run(call, scratch)
-        _publish(asdict(outcome), scratch / OUTCOME)
+        write_atomically(scratch / OUTCOME, json.dumps(asdict(outcome)).encode())
     return outcome.to_dict()
 
 
@@ -148,15 +149,6 @@ def _import(name: str) -> ModuleType:
         return module
     finally:
         gc.enable()
-
-
-def _publish(table: dict[str, Any], path: Path) -> None:
-    partial = path.with_suffix(".part")
-    with partial.open("w") as file:
-        json.dump(table, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 class _Watch:

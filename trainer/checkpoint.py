@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-__all__ = ["read_checkpoint", "write_atomically", "write_checkpoint"]
+from shards.files import write_atomically
+
+__all__ = ["read_checkpoint", "write_checkpoint"]
 
 
 def write_checkpoint(path: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
@@ -35,13 +36,3 @@ def read_checkpoint(path: Path, job: str) -> tuple[dict[str, Tensor], dict[str, 
     except (SafetensorError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: not a checkpoint ({error}): delete it to train from the start") from error
     return (tensors, state) if state["job"] == job else None
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write beside, sync, rename: readers see the old file or the new one, whole."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    with beside.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)

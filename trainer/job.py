@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from potential.config import PotentialSettings
+from shards.files import write_atomically
 from shards.manifest import Manifest
 from shards.outcome import Receipt
-from trainer.checkpoint import write_atomically
 from trainer.config import TrainerSettings, TransferSettings
 
 __all__ = ["Job", "read_job", "write_job"]

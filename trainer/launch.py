@@ -15,7 +15,7 @@ from pathlib import Path
 
 from shards.ranks import MPI_FOLDER, launch_words, mpi_folder
 
-__all__ = ["DEFAULT_LAUNCHER", "HEARTBEAT", "rank_environment", "run_ranks"]
+__all__ = ["DEFAULT_LAUNCHER", "HEARTBEAT", "TERMINAL", "rank_environment", "run_ranks"]
 
 # One host, the environment's own mpirun. A site may use e.g. ("srun", "--ntasks={ranks}", "--mpi=pmix"), or
 # ("mpirun", "-np", "{ranks}", "--host", "{hosts}", "--oversubscribe").
@@ -24,6 +24,8 @@ DEFAULT_LAUNCHER = ("mpirun", "-np", "{ranks}", "--bind-to", "none", "--oversubs
 # when its lock is free (the caller was killed: its own host knows at once) or when it stays the same (other hosts see
 # that). A pipe would tell at once everywhere, but mpirun does not pass its end on.
 HEARTBEAT = "SMELT_HEARTBEAT"
+# Names the caller's terminal: under a launcher the rank's own output is a log file.
+TERMINAL = "SMELT_TERMINAL"
 BEAT_S = 1.0
 # What an outer launcher or batch system leaves behind makes an inner mpirun take itself for part of the outer job.
 OUTER = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "PRRTE_", "HYDRA_", "HOROVOD_", "MPIEXEC_")

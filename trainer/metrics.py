@@ -12,12 +12,11 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from trainer.checkpoint import write_atomically
+from shards.files import write_atomically
+from trainer.launch import TERMINAL
 
-__all__ = ["TERMINAL", "Monitor"]
+__all__ = ["Monitor"]
 
-# Names the caller's terminal: under a launcher the rank's own output is a log file.
-TERMINAL = "SMELT_TERMINAL"
 ERRORS = ("loss", "energy_meV_per_atom", "force_eV_per_A", "stress_GPa")
 
 

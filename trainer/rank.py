@@ -27,9 +27,9 @@ import torch
 
 from potential.committee import Committee
 from potential.model_file import load_committee, read_metadata, save_committee
+from shards.files import write_atomically
 from shards.outcome import FailureClass
 from shards.reader import ShardError
-from trainer.checkpoint import write_atomically
 from trainer.dataset import Dataset, DatasetError, fit_self_energies, is_outlier, load_dataset
 from trainer.fit import Fitted, NotFiniteError, fit
 from trainer.job import Job, read_job

@@ -1,4 +1,7 @@
-"""How do labels become a committee, and how good is a committee on labels? Files in, files out."""
+"""How do labels become a committee, and how good is a committee on labels? Files in, files out.
+
+A worker that trains waits for its ranks, which load torch: it does not itself, unless it evaluates a committee, too.
+"""
 
 from __future__ import annotations
 
@@ -12,16 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from potential.config import PotentialSettings
-from potential.model_file import load_committee
+from shards.files import write_atomically
 from shards.manifest import Manifest, ManifestError
 from shards.outcome import Clock, Failure, FailureClass, Outcome
 from shards.settings import SettingsError
-from trainer.checkpoint import write_atomically
 from trainer.config import TrainerSettings, TransferSettings
-from trainer.evaluation import evaluate_committee
 from trainer.job import Job, read_job, write_job
-from trainer.launch import DEFAULT_LAUNCHER, run_ranks
-from trainer.metrics import TERMINAL
+from trainer.launch import DEFAULT_LAUNCHER, TERMINAL, run_ranks
 
 __all__ = ["DEFAULT_LAUNCHER", "evaluate", "train", "transfer"]
 
@@ -94,6 +94,8 @@ def transfer(
         raise SettingsError(
             f"transfer.forces = {transfer.forces!r}: labels to replay go with 'replayed', and only there"
         )
+    from potential.model_file import load_committee
+
     elements = load_committee(model).elements
     training, shape = transfer.apply_to(settings), PotentialSettings()  # the model has its own shape
     make_job = partial(Job.of_manifest, manifest, shape, training, elements, dest, seed, model, transfer, replay)
@@ -106,6 +108,8 @@ def evaluate(model: Path, manifests: Sequence[Path], dest: Path | None = None) -
     Raises:
         ModelFileError, ShardError, ManifestError: what cannot be read.
     """
+    from trainer.evaluation import evaluate_committee
+
     clock = Clock()
     with clock.phase("evaluate"):
         shards = [shard for manifest in manifests for shard in Manifest(manifest).shards()]
