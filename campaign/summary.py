@@ -17,6 +17,7 @@ from campaign.lease import Holder, holder_of
 from campaign.state import Model, StageTally, State, Walkers
 from campaign.stop import stop_request
 from campaign.tasks import model_folder, progress_path
+from shards.files import write_atomically
 from shards.manifest import Manifest
 from shards.reader import ShardError, open_shard
 
@@ -61,9 +62,7 @@ def summarise(run_dir: Path, state: State) -> dict[str, Any]:
 def write_summary(run_dir: Path, state: State) -> dict[str, Any]:
     """Write summary.json and, once a model was measured, learning-curve.png into the run directory."""
     summary = summarise(run_dir, state)
-    beside = run_dir / f".{SUMMARY}.part"
-    beside.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    os.replace(beside, run_dir / SUMMARY)
+    write_atomically(run_dir / SUMMARY, (json.dumps(summary, indent=2) + "\n").encode())
     measured = [row for row in summary["learning_curve"] if row["holdout"]]
     if measured:
         plot_learning_curve(measured, run_dir / PLOT, title=summary["name"])

@@ -98,13 +98,13 @@ class RecordedSteps:
         if self._graph is None:
             self._step()  # once beforehand, so that programs are compiled and libraries loaded
             n -= 1
-        if not self._on_gpu:
+            if self._on_gpu:
+                self._graph = self._record()
+        if self._graph is None:
             while n > 0 and not self._seen[1:].any():
                 self._step()
                 n -= 1
             return
-        if self._graph is None:
-            self._graph = self._record()
         ends = torch.cuda.Event(), torch.cuda.Event()
         for number in range(n):
             self._graph.replay()
