@@ -32,6 +32,7 @@ from potential.kernels import (
 from potential.neighbours import find_neighbours, pair_vectors
 from potential.structures import Structures
 from trainer.loss import References, Weights, pulls
+from trainer.room import Room
 
 __all__ = ["Block", "Geometry", "Pairs", "Recomputed", "describe", "jacobian_numbers", "join", "with_jacobian"]
 
@@ -119,8 +120,13 @@ class Block(ABC):
         """Return forces (M, N, 3), eV/A, and virial = volume * stress (M, B, 6), eV, for g (M, N, L)."""
 
     @abstractmethod
-    def respond(self, g: Tensor, truth: References, weights: Weights, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return forces and virial, and the derivative by g, (M, N, L), of the sum of scale (M, B) times the loss."""
+    def respond(
+        self, g: Tensor, truth: References, weights: Weights, scale: Tensor, room: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return forces and virial, and the derivative by g, (M, N, L), of the sum of scale (M, B) times the loss.
+
+        room: like g; the derivative may be written there.
+        """
 
 
 @dataclass(frozen=True)
@@ -137,14 +143,18 @@ class Pairs:
     reverse: Tensor | None = None
 
 
-def join(geometries: Sequence[Geometry], p: AEVParameters) -> Block:
-    """Join structures that all keep their Jacobian, or none does."""
+def join(geometries: Sequence[Geometry], p: AEVParameters, room: Room | None = None) -> Block:
+    """Join structures that all keep their Jacobian, or none does. room: of their AEVs."""
     kept = [geometry.jacobian for geometry in geometries if geometry.jacobian is not None]
     species = torch.cat([geometry.species for geometry in geometries])
-    aev = torch.cat([geometry.aev for geometry in geometries])
-    n_atoms = torch.tensor([len(geometry.species) for geometry in geometries]).to(aev.device)
+    aevs = [geometry.aev for geometry in geometries]
+    aev = torch.cat(aevs, out=None if room is None else room.take((len(species), p.length), aevs[0]))
+    n_atoms = torch.tensor([geometry.species.numel() for geometry in geometries]).to(aev.device)
     frame_of_atom = torch.repeat_interleave(n_atoms, output_size=len(aev))
-    elements = [_placed(torch.nonzero(species == element).squeeze(1), aev.device) for element in range(p.n_species)]
+    elements = [
+        _placed(torch.from_numpy(np.flatnonzero(species.numpy() == element)), aev.device)
+        for element in range(p.n_species)
+    ]
     if kept:
         return _Kept(elements, aev, n_atoms, frame_of_atom, kept)
     pairs = _join_pairs(geometries)
@@ -182,13 +192,16 @@ class _Kept(Block):
         self._jacobians = jacobians
 
     def project(self, g: Tensor) -> tuple[Tensor, Tensor]:
-        nothing = [g.new_full((jacobian.shape[0],), torch.nan) for jacobian in self._jacobians]
-        scale = g.new_zeros(len(g), len(nothing))
+        nothing = g.new_full((3 * len(self.aev) + 6 * len(self._jacobians),), torch.nan)
+        scale = g.new_zeros(len(g), len(self._jacobians))
         return respond(self._jacobians, nothing, g.contiguous(), scale, 0.0, 0.0, 0.0)[:2]
 
-    def respond(self, g: Tensor, truth: References, weights: Weights, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def respond(
+        self, g: Tensor, truth: References, weights: Weights, scale: Tensor, room: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        assert truth.targets is not None
         strengths = 2 / 3 * weights.force, weights.stress / 3, weights.force_cap
-        return respond(self._jacobians, truth.targets, g, scale, *strengths)
+        return respond(self._jacobians, truth.targets, g, scale, *strengths, room)
 
 
 class Recomputed(Block):
@@ -214,7 +227,9 @@ class Recomputed(Block):
         virial = pair_virials(pull, pairs.vec, pairs.row, self.frame_of_atom, len(self.n_atoms))
         return forces, virial.to(g.dtype)
 
-    def respond(self, g: Tensor, truth: References, weights: Weights, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def respond(
+        self, g: Tensor, truth: References, weights: Weights, scale: Tensor, room: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         forces, virial = self.project(g)
         return forces, virial, self.lift(*pulls(forces, virial, truth, weights, scale))
 

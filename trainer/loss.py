@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,8 +30,8 @@ class References:
     """Labels of B structures with N atoms in all; NaN where there is none.
 
     energy: (B,), eV, less the self energies. forces: (N, 3), eV/A. virial: (B, 6), volume * stress, eV, in the order
-    xx yy zz yz xz xy. volume: (B,), A^3. n_atoms: (B,). frame_of_atom: (N,). targets: of each structure its forces and
-    then its virial, (3n + 6,).
+    xx yy zz yz xz xy. volume: (B,), A^3. n_atoms: (B,). frame_of_atom: (N,). targets: forces and virial once more,
+    structure after structure, (3N + 6B,), where kept derivatives ask for them.
     """
 
     energy: Tensor
@@ -41,7 +40,7 @@ class References:
     volume: Tensor
     n_atoms: Tensor
     frame_of_atom: Tensor
-    targets: Sequence[Tensor] = ()
+    targets: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -61,26 +60,21 @@ def compare(energy: Tensor, forces: Tensor, virial: Tensor, truth: References, w
     off_virial, has_virial = _difference(virial, truth.virial)
     capped = off_forces.clamp(-weights.force_cap, weights.force_cap)
     huber = capped * (2 * off_forces - capped)
-    loss = (
-        weights.energy * off_energy**2 / n
-        + weights.force * _per_frame(huber, truth.frame_of_atom, n) / (3 * n)
-        + weights.stress * (off_virial**2).mean(2) / n
-    )
+    of_atoms = torch.stack([has_forces.sum(1).expand(len(huber), -1), huber.sum(2), off_forces.square().sum(2)])
+    n_force, huber, force = of_atoms.new_zeros(3, *energy.shape).index_add_(2, truth.frame_of_atom, of_atoms)
+    per_atom, square = off_energy / n, off_virial.square().sum(2)
+    loss = weights.energy * off_energy * per_atom + (weights.force / 3 * huber + weights.stress / 6 * square) / n
     columns = [
         torch.ones_like(loss),
         loss,
         has_energy.expand_as(loss),
-        (off_energy / n) ** 2,
-        _per_frame(has_forces[None], truth.frame_of_atom, n).expand_as(loss),
-        _per_frame(off_forces**2, truth.frame_of_atom, n),
+        per_atom.square(),
+        n_force,
+        force,
         has_virial.sum(1).expand_as(loss),
-        ((off_virial / truth.volume[:, None]) ** 2).sum(2),
+        square / truth.volume.square(),
     ]
-    return Errors(
-        loss=loss,
-        by_energy=2 * weights.energy * off_energy / n,
-        sums=torch.stack(columns, dim=2),
-    )
+    return Errors(loss=loss, by_energy=2 * weights.energy * per_atom, sums=torch.stack(columns, dim=2))
 
 
 def pulls(forces: Tensor, virial: Tensor, truth: References, weights: Weights, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -120,10 +114,5 @@ def _where(counts: Tensor, values: Tensor) -> list[float | None]:
 
 def _difference(predicted: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
     """Return prediction less label, 0 where there is no label, and where there is one, in the prediction's dtype."""
-    there = torch.isfinite(label)
-    return torch.where(there, predicted - label.nan_to_num(), 0.0), there.to(predicted.dtype)
-
-
-def _per_frame(values: Tensor, frame_of_atom: Tensor, n: Tensor) -> Tensor:
-    """Sum components (M, N, 3) over the atoms of each structure: (M, B)."""
-    return values.new_zeros(len(values), len(n)).index_add_(1, frame_of_atom, values.sum(2))
+    missing = label.isnan()
+    return (predicted - label).masked_fill_(missing, 0.0), missing.logical_not().to(predicted.dtype)

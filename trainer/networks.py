@@ -21,10 +21,9 @@ __all__ = ["Networks", "Tape"]
 
 @dataclass(frozen=True)
 class Tape:
-    """What the gradient pass needs: the input, g, and per element its atoms and what the kernels kept."""
+    """What the gradient pass needs: the input, and per element its atoms and what the kernels kept."""
 
     aev: Tensor
-    g: Tensor
     elements: list[tuple[Tensor, object]]
 
 
@@ -87,21 +86,26 @@ class Networks:
         return spread[0]
 
     def forward(
-        self, flat: Tensor, aev: Tensor, atoms_of_element: Sequence[Tensor], former: Tape | None = None
+        self,
+        flat: Tensor,
+        aev: Tensor,
+        atoms_of_element: Sequence[Tensor],
+        former: Tape | None = None,
+        g: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tape]:
         """Return atomic energies (M, n_atoms), g = dE/dAEV (M, n_atoms, L), and what `gradient` needs.
 
-        aev: (n_atoms, L). atoms_of_element: of each element, (n,). former: of an earlier call, g and all; its memory
-        may be used again, because fresh memory costs a CPU as much as a tenth of a step.
+        aev: (n_atoms, L). atoms_of_element: of each element, (n,). former: of an earlier call, whose memory may be
+        used again. g: where to write it.
         """
         shape = (len(flat), *aev.shape)
         energies = aev.new_empty(shape[:2])
-        g = former.g if former is not None and former.g.shape == shape else aev.new_empty(shape)
+        g = aev.new_empty(shape) if g is None else g
         kept = [None] * len(self._layouts) if former is None else [kept for _, kept in former.elements]
         elements = []
         for atoms, layout, mine in zip(atoms_of_element, self._layouts, kept, strict=True):
             elements.append((atoms, forward_layers(flat, layout, CELU_ALPHA, aev, atoms, energies, g, mine)))
-        return energies, g, Tape(aev, g, elements)
+        return energies, g, Tape(aev, elements)
 
     def gradient(self, flat: Tensor, tape: Tape, by_energy: Tensor, by_g: Tensor, into: Tensor) -> None:
         """Add to `into`, shaped like `flat`, the gradient of sum(by_energy * energies) + sum(by_g * g).

@@ -28,6 +28,7 @@ from trainer.networks import Networks
 from trainer.prefetch import Prefetcher
 from trainer.recorded import Recorded, Step
 from trainer.resident import Resident, Size
+from trainer.room import Room
 
 __all__ = ["Example", "Problem", "make_examples", "references"]
 
@@ -37,7 +38,7 @@ ATOMS_PER_BLOCK = 2048
 ATOMS_PER_BLOCK_GPU, ATOMS_PER_BLOCK_GPU_ALONE = 32_768, 131_072  # the latter of a single member
 BLOCKS_AHEAD = 4
 N_SAMPLED, N_DERIVED, MOST_DERIVED = 64, 4, 128  # structures whose sizes are measured; atoms of the last
-OBJECTS_BYTES = 4500  # of the Python objects of one Example, measured
+OBJECTS_BYTES = 5100  # of the Python objects of one Example, measured
 
 
 @dataclass(frozen=True)
@@ -46,11 +47,12 @@ class Example:
 
     geometry: Geometry
     energy: float
-    target: Tensor  # (3n + 6,): forces, eV/A, then the virial, xx yy zz yz xz xy
+    forces: Tensor  # (3n,), eV/A
+    virial: Tensor  # (6,), xx yy zz yz xz xy
     volume: float  # A^3
 
     def with_jacobian(self, p: AEVParameters) -> Example:
-        known = bool(self.target[-6:].isfinite().any())
+        known = bool(self.virial.isfinite().any())
         return replace(self, geometry=with_jacobian(self.geometry, p, virial_known=known))
 
 
@@ -60,21 +62,21 @@ def make_examples(batch: Batch, energy: NDArray[np.float64], geometries: Sequenc
     virial = volume[:, None] * batch.stress[:, [0, 1, 2, 1, 0, 0], [0, 1, 2, 2, 2, 1]]
     virial[~batch.pbc.all(axis=1)] = np.nan  # the cell has no volume that the stress could refer to
     device, dtype = geometries[0].aev.device, geometries[0].aev.dtype
-    forces = torch.from_numpy(batch.forces).to(device, dtype).split(np.diff(batch.offset).tolist())
-    virials = torch.from_numpy(virial).to(device, dtype)
-    targets = map(torch.cat, zip((part.flatten() for part in forces), virials, strict=True))
-    return [Example(*row) for row in zip(geometries, energy.tolist(), targets, volume.tolist(), strict=True)]
+    forces = torch.from_numpy(batch.forces.reshape(-1)).to(device, dtype).split((3 * np.diff(batch.offset)).tolist())
+    virials = torch.from_numpy(virial).to(device, dtype).unbind()
+    return [Example(*row) for row in zip(geometries, energy.tolist(), forces, virials, volume.tolist(), strict=True)]
 
 
 def references(examples: Sequence[Example], block: Block) -> References:
+    parts = [part for example in examples for part in (example.forces, example.virial)]
     return References(
         energy=block.aev.new_tensor([example.energy for example in examples]),
-        forces=torch.cat([example.target[:-6] for example in examples]).view(-1, 3),
-        virial=torch.stack([example.target[-6:] for example in examples]),
+        forces=torch.cat(parts[::2]).view(-1, 3),
+        virial=torch.cat(parts[1::2]).view(-1, 6),
         volume=block.aev.new_tensor([example.volume or 1.0 for example in examples]),
         n_atoms=block.n_atoms,
         frame_of_atom=block.frame_of_atom,
-        targets=[example.target for example in examples],
+        targets=torch.cat(parts),
     )
 
 
@@ -114,6 +116,7 @@ class Problem:
         self._is_mine[own] = True
         self._coming = Prefetcher(self._block, BLOCKS_AHEAD)
         self._kept: dict[int, Example] | None = None
+        self._room = Room()
         self._resident: Resident | None = None
         self.plan = self._plan(own, allowed_GB)
         if self.plan.descriptors:
@@ -127,7 +130,8 @@ class Problem:
     def share(self, structures: NDArray[np.int64]) -> Tensor:
         """(M,): one over the number of these structures that each member learns from."""
         dtype = getattr(torch, self.settings.dtype)
-        return 1 / self.learns[:, structures].sum(1).clamp(min=1).to(dtype)
+        which = torch.from_numpy(structures).to(self.device)
+        return 1 / self.learns.index_select(1, which).sum(1).clamp(min=1).to(dtype)
 
     def record(self, step: Step) -> Recorded | None:
         """The step as a recording, where structures are settled on a GPU and a block holds those of a step."""
@@ -153,21 +157,25 @@ class Problem:
     def blocks(self, indices: NDArray[np.int64], *, alone: bool = False) -> Iterator[tuple[Tensor, Block, References]]:
         """Join structures of this rank, as many as fit a core's cache or fill a GPU; yield them with their indices.
 
-        alone: for a single member, whose blocks may be larger.
+        A block is good until the next one is asked for. alone: for a single member, whose blocks may be larger.
         """
         parts = self._cut(indices, ATOMS_PER_BLOCK_GPU_ALONE if alone else ATOMS_PER_BLOCK_GPU)
         return map(self._block, parts) if self.plan.descriptors else self._coming.each(parts)
 
     def _cut(self, indices: NDArray[np.int64], on_gpu: int = ATOMS_PER_BLOCK_GPU) -> list[NDArray[np.int64]]:
         at_a_time = ATOMS_PER_BLOCK if self.device.type == "cpu" else on_gpu
+        if not len(indices):
+            return []
         block = (np.cumsum(self.dataset.n_atoms[indices]) - 1) // at_a_time
-        return np.split(indices, np.flatnonzero(np.diff(block)) + 1) if len(indices) else []
+        return np.split(indices, np.flatnonzero(np.diff(block)) + 1) if block[-1] else [indices]
 
     def _block(self, part: NDArray[np.int64]) -> tuple[Tensor, Block, References]:
         if self._resident is not None:
             return self._resident.block(part)
         examples = self._examples(part) if self._kept is None else [self._kept[i] for i in part.tolist()]
-        joined = join([example.geometry for example in examples], self._p)
+        # Blocks of kept structures are used one after the other; those that are read ahead exist together.
+        room = None if self._kept is None else self._room
+        joined = join([example.geometry for example in examples], self._p, room)
         return torch.from_numpy(part), joined, references(examples, joined)
 
     def _examples(self, part: NDArray[np.int64]) -> list[Example]:
@@ -181,7 +189,9 @@ class Problem:
         n_atoms, length = self.dataset.n_atoms, self._p.length
         sample = np.unique(np.linspace(0, len(n_atoms) - 1, N_SAMPLED).astype(np.int64))
         examples = [example for part in self._cut(sample) for example in self._examples(part)]
-        n_bytes = sum(OBJECTS_BYTES + example.target.nbytes + example.geometry.nbytes for example in examples)
+        n_bytes = sum(
+            OBJECTS_BYTES + each.forces.nbytes + each.virial.nbytes + each.geometry.nbytes for each in examples
+        )
         per_number = self._jacobian_bytes(examples)
         # A GPU makes derivatives anew in less time than it would read them.
         few_enough = jacobian_numbers(n_atoms, length) * per_number / 1e9 <= self.settings.jacobian_memory_GB
@@ -223,7 +233,8 @@ def _settle(kept: dict[int, Example], p: AEVParameters) -> Resident:
     return Resident(
         np.fromiter(kept, dtype=np.int64),
         [example.geometry for example in examples],
-        [example.target for example in examples],
+        [example.forces for example in examples],
+        [example.virial for example in examples],
         [example.energy for example in examples],
         [example.volume or 1.0 for example in examples],
         p,

@@ -34,16 +34,17 @@ class Size:
 class Resident:
     """Structures with their labels, on one device. One more, of a single atom without any label, fills up blocks.
 
-    structures: (n,), their numbers, in the order of the others. targets: (3n + 6,) of each, see References. energy: eV,
-    less self energies. volume: A^3. counts: (n + 1, 2 + n_elements), atoms, pairs, and atoms of each element, on the
-    host.
+    structures: (n,), their numbers, in the order of the others. forces: (3n,) of each, eV/A. virial: (6,) of each, eV.
+    energy: eV, less self energies. volume: A^3. counts: (n + 1, 2 + n_elements), atoms, pairs, and atoms of each
+    element, on the host.
     """
 
     def __init__(
         self,
         structures: NDArray[np.int64],
         geometries: Sequence[Geometry],
-        targets: Sequence[Tensor],
+        forces: Sequence[Tensor],
+        virial: Sequence[Tensor],
         energy: Sequence[float],
         volume: Sequence[float],
         p: AEVParameters,
@@ -52,11 +53,11 @@ class Resident:
         self._place = {structure: place for place, structure in enumerate(structures.tolist())}
         one_atom = [1, 0, 1, *[0] * (p.n_species - 1)]
         self.counts = np.array([*(_counts(geometry, p.n_species) for geometry in geometries), one_atom])
-        unknown, device = targets[0].new_full((9,), torch.nan), targets[0].device
+        unknown, device = forces[0].new_full((9,), torch.nan), forces[0].device
         self._species = _joined([geometry.species.to(device) for geometry in geometries], 0)
         self._aev = _joined([geometry.aev for geometry in geometries], 0)
-        self._forces = torch.cat([*(target[:-6] for target in targets), unknown[:3]]).view(-1, 3)
-        self._virial = torch.stack([*(target[-6:] for target in targets), unknown[3:]])
+        self._forces = torch.cat([*forces, unknown[:3]]).view(-1, 3)
+        self._virial = torch.stack([*virial, unknown[3:]])
         self._energy, self._volume = unknown.new_tensor([*energy, torch.nan]), unknown.new_tensor([*volume, 1.0])
         self._atoms_of, self._pairs_of = torch.from_numpy(self.counts.T[:2].copy()).to(device)
         self._first_atom, self._first_pair = (each.cumsum(0) - each for each in (self._atoms_of, self._pairs_of))

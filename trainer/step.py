@@ -13,6 +13,7 @@ from trainer.loss import COLUMNS, References, Weights, compare
 from trainer.networks import Networks, Tape
 from trainer.problem import Problem
 from trainer.recorded import Recorded
+from trainer.room import Room
 
 __all__ = ["Steps", "step_gradient", "weights_of"]
 
@@ -60,6 +61,7 @@ class _Sums:
         self.gradient = torch.zeros_like(parameters)
         self.errors = parameters.new_zeros(len(parameters), len(COLUMNS), dtype=torch.float64)
         self._tape: Tape | None = None
+        self._room_of_g, self._room_of_v = Room(), Room()
 
     def clear(self) -> None:
         self.gradient.zero_()
@@ -71,12 +73,13 @@ class _Sums:
 
     def add(self, block: Block, truth: References, learns: Tensor, share: Tensor) -> None:
         """learns: (M, B), which member learns from which structure. share: (M,), of one structure in the loss."""
-        energies, g, tape = self._networks.forward(self._parameters, block.aev, block.elements, self._tape)
+        room = self._room_of_g.take((len(self._parameters), *block.aev.shape), block.aev)
+        energies, g, tape = self._networks.forward(self._parameters, block.aev, block.elements, self._tape, room)
         energy = energies.new_zeros(learns.shape).index_add_(1, block.frame_of_atom, energies)
         scale = learns * share[:, None]
-        forces, virial, v = block.respond(g, truth, self._weights, scale)
+        forces, virial, v = block.respond(g, truth, self._weights, scale, self._room_of_v.take(g.shape, g))
         errors = compare(energy, forces, virial, truth, self._weights)
         self.errors += (errors.sums * learns[:, :, None]).sum(1, dtype=torch.float64)
         by_energy = (errors.by_energy * scale)[:, block.frame_of_atom]
         self._networks.gradient(self._parameters, tape, by_energy, v, self.gradient)
-        self._tape = None if tape.g.is_cuda else tape  # CUDA's allocator keeps memory, and a recording its own
+        self._tape = None if g.is_cuda else tape  # CUDA's allocator keeps memory, and a recording its own

@@ -225,21 +225,24 @@ def keep(jacobian: torch.Tensor) -> Kept:
 
 def respond(
     jacobians: Sequence[Kept],
-    targets: Sequence[torch.Tensor],
+    targets: torch.Tensor,
     g: torch.Tensor,
     scale: torch.Tensor,
     force_scale: float,
     virial_scale: float,
     force_cap: float,
+    room: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Forces (M, N, 3), virials (M, B, 6), and the derivative (M, N, L) of a loss by g, from Jacobians that were kept.
 
-    jacobians: of each of B structures of n atoms, see `keep`. targets: (3n + 6,), not a number where there is none.
-    scale: (M, B). The loss is the sum over members and structures of scale / n times: force_scale / 2 * square of the
-    errors of forces, linear beyond the cap, and virial_scale / 2 * square of those of the virial.
+    jacobians: of each of B structures of n atoms, see `keep`. targets: (3N + 6B,), for each structure its forces and
+    then its virial, not a number where there is none. scale: (M, B). room: like g; the derivative may be written there.
+
+    The loss is the sum over members and structures of scale / n times: force_scale / 2 * square of the errors of
+    forces, linear beyond the cap, and virial_scale / 2 * square of those of the virial.
     """
     response: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-    response = _kernels(g).respond(jacobians, targets, g, scale, force_scale, virial_scale, force_cap)
+    response = _kernels(g).respond(jacobians, targets, g, scale, force_scale, virial_scale, force_cap, room)
     return response
 
 

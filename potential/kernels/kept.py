@@ -3,6 +3,7 @@ each pair of elements, and an atom moves only the parts of its own element."""
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +26,11 @@ class Blocks:
     values: Tensor
     at: Tensor
     row: Tensor
+
+    @functools.cached_property
+    def pointers(self) -> tuple[int, int, int]:
+        """KeptJacobian of training.h."""
+        return self.values.data_ptr(), self.at.data_ptr(), self.row.data_ptr()
 
     @property
     def nbytes(self) -> int:

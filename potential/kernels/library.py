@@ -16,7 +16,6 @@ __all__ = [
     "LEVELS",
     "AevShape",
     "Evaluate",
-    "KeptJacobian",
     "Layers",
     "Motion",
     "Networks",
@@ -87,21 +86,12 @@ class Layers(ctypes.Structure):
     )
 
 
-class KeptJacobian(ctypes.Structure):
-    """KeptJacobian of training.h."""
-
-    _fields_ = tuple((name, ctypes.c_void_p) for name in ("values", "at", "row"))
-
-
 class Response(ctypes.Structure):
     """ResponseJob of training.h."""
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("n_members", "length", "n_atoms", "n_structures")),
-        ("first", ctypes.POINTER(ctypes.c_int64)),
-        ("jacobians", ctypes.POINTER(KeptJacobian)),
-        ("targets", ctypes.POINTER(ctypes.c_void_p)),
-        ("scale", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in ("first", "jacobians", "targets", "scale")),
         *((name, ctypes.c_double) for name in ("force_scale", "virial_scale", "cap")),
         *((name, ctypes.c_void_p) for name in ("g", "forces", "virial", "v")),
     )

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from potential.aev import AEVParameters
@@ -20,7 +20,6 @@ from potential.kernels.layers import Layout
 from potential.kernels.library import (
     AevShape,
     Evaluate,
-    KeptJacobian,
     Layers,
     Motion,
     Networks,
@@ -428,37 +427,42 @@ def _run_layers(backward: bool, flat: torch.Tensor, job: Layers) -> None:
 
 def respond(
     jacobians: Sequence[Blocks],
-    targets: Sequence[torch.Tensor],
+    targets: torch.Tensor,
     g: torch.Tensor,
     scale: torch.Tensor,
     force_scale: float,
     virial_scale: float,
     force_cap: float,
+    room: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Forces (M, N, 3), virials (M, B, 6), and the derivative (M, N, L) of a loss by g, from kept Jacobians."""
     n_members, n_atoms, length = g.shape
     n_structures = len(jacobians)
-    first = [0, *itertools.accumulate((target.shape[0] - 6) // 3 for target in targets)]
-    for low, high, jacobian in zip(first, first[1:], jacobians, strict=False):
-        if jacobian.shape != (3 * (high - low) + 6, (high - low) * length):
-            raise ValueError(f"jacobian is {jacobian.shape}: must be {(3 * (high - low) + 6, (high - low) * length)}")
-    _check("g", g, (n_members, first[-1], length))
+    counts = [(jacobian.shape[0] - 6) // 3 for jacobian in jacobians]
+    for n, jacobian in zip(counts, jacobians, strict=True):
+        if jacobian.shape != (3 * n + 6, n * length):
+            raise ValueError(f"jacobian is {jacobian.shape}: must be {(3 * n + 6, n * length)}")
+    _check("g", g, (n_members, sum(counts), length))
+    _check("targets", targets, (3 * n_atoms + 6 * n_structures,))
     _check("scale", scale, (n_members, n_structures))
-    tensors = [g, scale, *(jacobian.values for jacobian in jacobians), *targets]
-    if not all(tensor.dtype == g.dtype and tensor.is_contiguous() for tensor in tensors):
+    v = torch.empty_like(g) if room is None else room
+    _check("room", v, tuple(g.shape))
+    if not all(each.is_contiguous() and each.dtype == g.dtype for each in (g, scale, targets, v)) or not all(
+        jacobian.values.dtype == g.dtype for jacobian in jacobians
+    ):
         raise ValueError(f"kept derivatives: all tensors must be contiguous and {g.dtype}, as g is")
-    forces, v = g.new_empty(n_members, n_atoms, 3), torch.empty_like(g)
-    virial = g.new_empty(n_members, n_structures, 6)
+    # One array of numbers is made in less time than as many objects of ctypes.
+    first = np.cumsum([0, *counts])
+    pointers = np.array([jacobian.pointers for jacobian in jacobians], dtype=np.int64)
+    forces, virial = g.new_empty(n_members, n_atoms, 3), g.new_empty(n_members, n_structures, 6)
     job = Response(
         n_members,
         length,
         n_atoms,
         n_structures,
-        (ctypes.c_int64 * len(first))(*first),
-        (KeptJacobian * n_structures)(
-            *(KeptJacobian(*(t.data_ptr() for t in (each.values, each.at, each.row))) for each in jacobians)
-        ),
-        (ctypes.c_void_p * n_structures)(*(target.data_ptr() for target in targets)),
+        first.ctypes.data,
+        pointers.ctypes.data,
+        targets.data_ptr(),
         scale.data_ptr(),
         force_scale,
         virial_scale,

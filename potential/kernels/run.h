@@ -2,6 +2,7 @@
 #pragma once
 #include <cstdlib>
 #include <new>
+#include <utility>
 
 #include "threads.h"
 #if defined(__SSE2__)
@@ -32,16 +33,31 @@ public:
 #endif
 };
 
-// Memory of one worker, 64-byte aligned, not cleared.
+// Memory of one worker, 64-byte aligned, not cleared. A thread keeps it for its next call: fresh pages take longer than
+// some kernels do.
 class Workspace {
-    void* memory;
-public:
-    explicit Workspace(size_t bytes) : memory(std::malloc(bytes + 64)) {
-        if (!memory) throw std::bad_alloc();
+    struct Memory {
+        void* begin = nullptr;
+        size_t bytes = 0;
+        ~Memory() { std::free(begin); }
+        void swap(Memory& other) { std::swap(begin, other.begin), std::swap(bytes, other.bytes); }
+    };
+    static Memory& kept() {
+        thread_local Memory memory;
+        return memory;
     }
-    ~Workspace() { std::free(memory); }
+    Memory memory;                                    // taken from what is kept, so that a call within a call has its own
+public:
+    explicit Workspace(size_t bytes) {
+        memory.swap(kept());
+        if (memory.bytes >= bytes + 64) return;
+        std::free(memory.begin);
+        memory.begin = std::malloc(memory.bytes = bytes + 64);
+        if (!memory.begin) throw std::bad_alloc();
+    }
+    ~Workspace() { memory.swap(kept()); }
     Workspace(const Workspace&) = delete;
-    char* aligned() const { return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(memory) + 63) / 64 * 64); }
+    char* aligned() const { return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(memory.begin) + 63) / 64 * 64); }
 };
 
 // turn(number, workspace) for all turns, on up to n_threads threads with a workspace each.

@@ -254,7 +254,7 @@ public:
     Response(const ResponseJob& job, int64_t structure)
         : job(job), jacobian(job.jacobians[structure]), structure(structure), low(job.first[structure]),
           n_atoms(job.first[structure + 1] - low), n_columns(n_atoms * job.length),
-          target(static_cast<const T*>(job.targets[structure])),
+          target(static_cast<const T*>(job.targets) + 3 * low + 6 * structure),
           g(static_cast<const T*>(job.g) + low * job.length), v(static_cast<T*>(job.v) + low * job.length) {}
 
     void run() {
@@ -269,28 +269,28 @@ public:
 private:
     template <class U> U* member(U* array, int64_t m) const { return array + m * job.n_atoms * job.length; }
 
-    // whole(values, column) for the blocks of a row, then part(value, r, column) for numbers of one that is cut off.
+    // whole(values, column) for the blocks of a row, then part(value, r, column) for numbers of the last if it is cut off.
     template <class Whole, class Part> INLINE void for_each_block(int64_t row, Whole whole, Part part) const {
-        const T* values = static_cast<const T*>(jacobian.values) + jacobian.row[row] * 3 * KEPT_WIDTH;
-        for (int64_t b = jacobian.row[row]; b < jacobian.row[row + 1]; ++b, values += 3 * KEPT_WIDTH) {
-            const int64_t at = jacobian.at[b];
-            if (at + KEPT_WIDTH <= n_columns) {
-                whole(values, at);
-                continue;
-            }
-            for (int r = 0; r < 3; ++r)
-                for (int64_t i = at; i < n_columns; ++i) part(values[r * KEPT_WIDTH + i - at], r, i);
-        }
+        const int64_t begin = jacobian.row[row], n_blocks = jacobian.row[row + 1] - begin, end = n_columns;
+        const T* values = static_cast<const T*>(jacobian.values) + begin * 3 * KEPT_WIDTH;
+        const int32_t* columns = jacobian.at + begin;
+        const int64_t n_whole = n_blocks - (n_blocks && columns[n_blocks - 1] + KEPT_WIDTH > end);
+        for (int64_t b = 0; b < n_whole; ++b, values += 3 * KEPT_WIDTH) whole(values, columns[b]);
+        if (n_whole == n_blocks) return;
+        for (int r = 0; r < 3; ++r)
+            for (int64_t i = columns[n_whole]; i < end; ++i) part(values[r * KEPT_WIDTH + i - columns[n_whole]], r, i);
     }
 
     template <int M> void three_rows(int64_t row, int64_t m) {
         V sum[3][M] = {};
         T rest[3][M] = {};
+        const T* in[M];
+        for (int k = 0; k < M; ++k) in[k] = member(g, m + k);
         for_each_block(row,
             [&](const T* values, int64_t at) {
                 for (int c = 0; c < KEPT_WIDTH; c += W) {
                     V x[M];
-                    for (int k = 0; k < M; ++k) x[k] = S::load(member(g, m + k) + at + c);
+                    for (int k = 0; k < M; ++k) x[k] = S::load(in[k] + at + c);
                     for (int r = 0; r < 3; ++r) {
                         const V y = S::load(values + r * KEPT_WIDTH + c);
                         for (int k = 0; k < M; ++k) sum[r][k] += y * x[k];
@@ -298,7 +298,7 @@ private:
                 }
             },
             [&](T value, int r, int64_t i) {
-                for (int k = 0; k < M; ++k) rest[r][k] += value * member(g, m + k)[i];
+                for (int k = 0; k < M; ++k) rest[r][k] += value * in[k][i];
             });
         T residual[3][M];
         bool any = false;
@@ -326,19 +326,21 @@ private:
     }
 
     template <int M> void add(int64_t row, int64_t m, const T (&residual)[3][M]) {
+        T* out[M];
+        for (int k = 0; k < M; ++k) out[k] = member(v, m + k);
         for_each_block(row,
             [&](const T* values, int64_t at) {
                 for (int c = 0; c < KEPT_WIDTH; c += W) {
                     V y[3];
                     for (int r = 0; r < 3; ++r) y[r] = S::load(values + r * KEPT_WIDTH + c);
                     for (int k = 0; k < M; ++k) {
-                        T* to = member(v, m + k) + at + c;
+                        T* to = out[k] + at + c;
                         S::store(to, S::load(to) + y[0] * residual[0][k] + y[1] * residual[1][k] + y[2] * residual[2][k]);
                     }
                 }
             },
             [&](T value, int r, int64_t i) {
-                for (int k = 0; k < M; ++k) member(v, m + k)[i] += value * residual[r][k];
+                for (int k = 0; k < M; ++k) out[k][i] += value * residual[r][k];
             });
     }
 };

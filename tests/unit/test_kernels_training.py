@@ -98,7 +98,7 @@ def kept_derivatives(kernels, dtype) -> tuple[Tensor, Tensor, Tensor]:
     targets[1][-6:] = torch.nan
     scale = draw(N_MEMBERS, len(counts)).abs()
     scale[2, 1] = 0  # a member that does not learn from this structure
-    return kernels.respond(jacobians, targets, draw(N_MEMBERS, sum(counts), LENGTH), scale, 0.7, 0.3, 4.0)
+    return kernels.respond(jacobians, torch.cat(targets), draw(N_MEMBERS, sum(counts), LENGTH), scale, 0.7, 0.3, 4.0)
 
 
 ARITHMETIC = pytest.mark.parametrize("arithmetic", [pass_through_layers, kept_derivatives])
@@ -140,7 +140,7 @@ def test_the_derivative_is_that_of_the_loss():
     (expected,) = torch.autograd.grad(loss.sum(), g)
     for kernels in (reference, native):
         assert (
-            gap(kernels.respond([kernels.keep(jacobian)], [target], g.detach(), scale, 0.7, 0.3, cap)[2], expected)
+            gap(kernels.respond([kernels.keep(jacobian)], target, g.detach(), scale, 0.7, 0.3, cap)[2], expected)
             < 1e-14
         )
 
@@ -184,4 +184,4 @@ def test_what_does_not_fit_is_refused():
         native.forward_layers(flat, LAYOUTS[0], CELU_ALPHA, aev.double(), atoms, energies, g)
     short = torch.ones(9, LENGTH - 1), torch.ones(9), torch.ones(2, 1, LENGTH), torch.ones(2, 1)
     with pytest.raises(ValueError, match=rf"jacobian is \(9, {LENGTH - 1}\): must be \(9, {LENGTH}\)"):
-        native.respond([native.keep(short[0])], [short[1]], short[2], short[3], 1.0, 1.0, 1.0)
+        native.respond([native.keep(short[0])], short[1], short[2], short[3], 1.0, 1.0, 1.0)
