@@ -20,7 +20,8 @@ from trainer.fit import fit, role_sums
 from trainer.folds import VALID
 from trainer.networks import Networks
 from trainer.problem import Problem
-from trainer.step import step_gradient
+from trainer.room import Room
+from trainer.step import Steps, step_gradient
 from trainer.world import Solo
 
 ELEMENTS = ("Al", "Cu")
@@ -105,6 +106,27 @@ def test_gradients_are_the_same_kept_recomputed_and_summed_over_ranks(dataset, c
     assert torch.allclose(kept, recomputed, rtol=1e-9, atol=1e-11)
     assert torch.allclose(kept, sum(gradient for gradient, _ in parts), rtol=1e-10, atol=1e-12)
     assert torch.allclose(sums, sum(part for _, part in parts), rtol=1e-10)
+
+
+@pytest.mark.parametrize("jacobian_memory_GB", [1.0, 0.0])
+def test_a_step_in_the_memory_of_another_one_gives_the_same_bits(dataset, committee, jacobian_memory_GB):
+    parameters = Networks.of(committee).take(committee, torch.float64)
+    problem, fresh = (_problem(dataset, committee, jacobian_memory_GB=jacobian_memory_GB) for _ in range(2))
+    steps = Steps(problem, parameters)
+    for structures in (np.arange(5), np.arange(len(dataset)), np.arange(3, 7), np.arange(5)):
+        alone = step_gradient(fresh, parameters, structures)
+        assert all(torch.equal(a, b) for a, b in zip(steps.gradient(structures), alone, strict=True))
+
+
+def test_a_room_is_used_again_as_long_as_it_is_large_enough():
+    room, like = Room(), torch.zeros(1)
+    first = room.take((4, 5), like)
+    smaller = room.take((3, 2), like)
+    assert (first.shape, smaller.shape) == ((4, 5), (3, 2))
+    assert smaller.is_contiguous()
+    assert smaller.data_ptr() == first.data_ptr()
+    assert room.take((21,), like).numel() == 21
+    assert room.take((2,), like.double()).dtype == torch.float64
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
