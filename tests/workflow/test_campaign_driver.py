@@ -32,7 +32,7 @@ def campaign(**changes: Any) -> CampaignConfig:
         "elements": ["Al"],
         "seed": 5,
         "n_bootstrap": 12,
-        "holdout_fraction": 0.25,
+        "holdout_fraction": 0.5,
         "labels_per_task": 8,
         "retrain_after": 20,
         "queue_target": 10,
@@ -126,7 +126,7 @@ def test_held_out_labels_are_never_trained_on(state: State, run_dir: Path) -> No
     from_walkers = {row[0] for rows in walkers for row in rows}
     labeled = ids["train"] | ids["holdout"]
     assert not ids["train"] & ids["holdout"]
-    assert holdout_of(sorted(labeled & from_walkers), 0.25) == ids["holdout"]
+    assert holdout_of(sorted(labeled & from_walkers), 0.5) == ids["holdout"]
     assert (len(ids["train"]), len(ids["holdout"])) == (state.n_train, state.n_holdout)
 
 
