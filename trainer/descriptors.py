@@ -192,16 +192,16 @@ class _Kept(Block):
         self._jacobians = jacobians
 
     def project(self, g: Tensor) -> tuple[Tensor, Tensor]:
-        nothing = g.new_full((3 * len(self.aev) + 6 * len(self._jacobians),), torch.nan)
-        scale = g.new_zeros(len(g), len(self._jacobians))
-        return respond(self._jacobians, nothing, g.contiguous(), scale, 0.0, 0.0, 0.0)[:2]
+        n_structures = len(self._jacobians)
+        no_forces, no_virial = g.new_full((len(self.aev), 3), torch.nan), g.new_full((n_structures, 6), torch.nan)
+        scale = g.new_zeros(len(g), n_structures)
+        return respond(self._jacobians, no_forces, no_virial, g.contiguous(), scale, 0.0, 0.0, 0.0)[:2]
 
     def respond(
         self, g: Tensor, truth: References, weights: Weights, scale: Tensor, room: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        assert truth.targets is not None
         strengths = 2 / 3 * weights.force, weights.stress / 3, weights.force_cap
-        return respond(self._jacobians, truth.targets, g, scale, *strengths, room)
+        return respond(self._jacobians, truth.forces, truth.virial, g, scale, *strengths, room)
 
 
 class Recomputed(Block):

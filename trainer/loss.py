@@ -30,8 +30,7 @@ class References:
     """Labels of B structures with N atoms in all; NaN where there is none.
 
     energy: (B,), eV, less the self energies. forces: (N, 3), eV/A. virial: (B, 6), volume * stress, eV, in the order
-    xx yy zz yz xz xy. volume: (B,), A^3. n_atoms: (B,). frame_of_atom: (N,). targets: forces and virial once more,
-    structure after structure, (3N + 6B,), where kept derivatives ask for them.
+    xx yy zz yz xz xy. volume: (B,), A^3. n_atoms: (B,). frame_of_atom: (N,).
     """
 
     energy: Tensor
@@ -40,7 +39,6 @@ class References:
     volume: Tensor
     n_atoms: Tensor
     frame_of_atom: Tensor
-    targets: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ class Example:
 
     geometry: Geometry
     energy: float
-    forces: Tensor  # (3n,), eV/A
+    forces: Tensor  # (n, 3), eV/A
     virial: Tensor  # (6,), xx yy zz yz xz xy
     volume: float  # A^3
 
@@ -62,21 +62,19 @@ def make_examples(batch: Batch, energy: NDArray[np.float64], geometries: Sequenc
     virial = volume[:, None] * batch.stress[:, [0, 1, 2, 1, 0, 0], [0, 1, 2, 2, 2, 1]]
     virial[~batch.pbc.all(axis=1)] = np.nan  # the cell has no volume that the stress could refer to
     device, dtype = geometries[0].aev.device, geometries[0].aev.dtype
-    forces = torch.from_numpy(batch.forces.reshape(-1)).to(device, dtype).split((3 * np.diff(batch.offset)).tolist())
+    forces = torch.from_numpy(batch.forces).to(device, dtype).split(np.diff(batch.offset).tolist())
     virials = torch.from_numpy(virial).to(device, dtype).unbind()
     return [Example(*row) for row in zip(geometries, energy.tolist(), forces, virials, volume.tolist(), strict=True)]
 
 
 def references(examples: Sequence[Example], block: Block) -> References:
-    parts = [part for example in examples for part in (example.forces, example.virial)]
     return References(
         energy=block.aev.new_tensor([example.energy for example in examples]),
-        forces=torch.cat(parts[::2]).view(-1, 3),
-        virial=torch.cat(parts[1::2]).view(-1, 6),
+        forces=torch.cat([example.forces for example in examples]),
+        virial=torch.stack([example.virial for example in examples]),
         volume=block.aev.new_tensor([example.volume or 1.0 for example in examples]),
         n_atoms=block.n_atoms,
         frame_of_atom=block.frame_of_atom,
-        targets=torch.cat(parts),
     )
 
 

@@ -34,7 +34,7 @@ class Size:
 class Resident:
     """Structures with their labels, on one device. One more, of a single atom without any label, fills up blocks.
 
-    structures: (n,), their numbers, in the order of the others. forces: (3n,) of each, eV/A. virial: (6,) of each, eV.
+    structures: (n,), their numbers, in the order of the others. forces: (n, 3) of each, eV/A. virial: (6,) of each, eV.
     energy: eV, less self energies. volume: A^3. counts: (n + 1, 2 + n_elements), atoms, pairs, and atoms of each
     element, on the host.
     """
@@ -56,7 +56,7 @@ class Resident:
         unknown, device = forces[0].new_full((9,), torch.nan), forces[0].device
         self._species = _joined([geometry.species.to(device) for geometry in geometries], 0)
         self._aev = _joined([geometry.aev for geometry in geometries], 0)
-        self._forces = torch.cat([*forces, unknown[:3]]).view(-1, 3)
+        self._forces = torch.cat([*forces, unknown[None, :3]])
         self._virial = torch.stack([*virial, unknown[3:]])
         self._energy, self._volume = unknown.new_tensor([*energy, torch.nan]), unknown.new_tensor([*volume, 1.0])
         self._atoms_of, self._pairs_of = torch.from_numpy(self.counts.T[:2].copy()).to(device)

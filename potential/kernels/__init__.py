@@ -225,7 +225,8 @@ def keep(jacobian: torch.Tensor) -> Kept:
 
 def respond(
     jacobians: Sequence[Kept],
-    targets: torch.Tensor,
+    known_forces: torch.Tensor,
+    known_virial: torch.Tensor,
     g: torch.Tensor,
     scale: torch.Tensor,
     force_scale: float,
@@ -235,14 +236,16 @@ def respond(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Forces (M, N, 3), virials (M, B, 6), and the derivative (M, N, L) of a loss by g, from Jacobians that were kept.
 
-    jacobians: of each of B structures of n atoms, see `keep`. targets: (3N + 6B,), for each structure its forces and
-    then its virial, not a number where there is none. scale: (M, B). room: like g; the derivative may be written there.
+    jacobians: of each of B structures of n atoms, see `keep`. known_forces: (N, 3), and known_virial: (B, 6), not a
+    number where there is none. scale: (M, B). room: like g; the derivative may be written there.
 
     The loss is the sum over members and structures of scale / n times: force_scale / 2 * square of the errors of
     forces, linear beyond the cap, and virial_scale / 2 * square of those of the virial.
     """
     response: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-    response = _kernels(g).respond(jacobians, targets, g, scale, force_scale, virial_scale, force_cap, room)
+    response = _kernels(g).respond(
+        jacobians, known_forces, known_virial, g, scale, force_scale, virial_scale, force_cap, room
+    )
     return response
 
 

@@ -118,7 +118,8 @@ def keep(jacobian: Tensor) -> Tensor:
 
 def respond(
     jacobians: Sequence[Tensor],
-    targets: Tensor,
+    known_forces: Tensor,
+    known_virial: Tensor,
     g: Tensor,
     scale: Tensor,
     force_scale: float,
@@ -129,7 +130,6 @@ def respond(
     """As potential.kernels.respond; `room` is not used."""
     n_atoms = [(len(jacobian) - 6) // 3 for jacobian in jacobians]
     first = list(itertools.accumulate(n_atoms[:-1], initial=0))
-    truth = targets.split([3 * n + 6 for n in n_atoms])
     forces, virials, v = g.new_empty(*g.shape[:2], 3), g.new_empty(len(g), len(jacobians), 6), torch.empty_like(g)
     # Structures of one size are one product.
     for n in sorted(set(n_atoms)):
@@ -138,7 +138,8 @@ def respond(
         atoms = torch.tensor([first[i] + atom for i in alike for atom in range(n)]).to(g.device, non_blocking=True)
         here = torch.tensor(alike).to(g.device, non_blocking=True)
         rows = torch.bmm(g.index_select(1, atoms).view(len(g), len(alike), -1).transpose(0, 1), jacobian.mT)
-        off = (rows - torch.stack([truth[i] for i in alike])[:, None]).nan_to_num(0.0)
+        known = known_forces.index_select(0, atoms).view(len(alike), 3 * n), known_virial.index_select(0, here)
+        off = (rows - torch.cat(known, dim=1)[:, None]).nan_to_num(0.0)
         off[..., : 3 * n] = off[..., : 3 * n].clamp(-force_cap, force_cap) * force_scale
         off[..., 3 * n :] *= virial_scale
         off *= (scale.index_select(1, here) / n).T[:, :, None]

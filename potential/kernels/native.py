@@ -427,7 +427,8 @@ def _run_layers(backward: bool, flat: torch.Tensor, job: Layers) -> None:
 
 def respond(
     jacobians: Sequence[Blocks],
-    targets: torch.Tensor,
+    known_forces: torch.Tensor,
+    known_virial: torch.Tensor,
     g: torch.Tensor,
     scale: torch.Tensor,
     force_scale: float,
@@ -443,13 +444,13 @@ def respond(
         if jacobian.shape != (3 * n + 6, n * length):
             raise ValueError(f"jacobian is {jacobian.shape}: must be {(3 * n + 6, n * length)}")
     _check("g", g, (n_members, sum(counts), length))
-    _check("targets", targets, (3 * n_atoms + 6 * n_structures,))
+    _check("known_forces", known_forces, (n_atoms, 3))
+    _check("known_virial", known_virial, (n_structures, 6))
     _check("scale", scale, (n_members, n_structures))
     v = torch.empty_like(g) if room is None else room
     _check("room", v, tuple(g.shape))
-    if not all(each.is_contiguous() and each.dtype == g.dtype for each in (g, scale, targets, v)) or not all(
-        jacobian.values.dtype == g.dtype for jacobian in jacobians
-    ):
+    tensors = [g, known_forces, known_virial, scale, v, *(jacobian.values for jacobian in jacobians)]
+    if not all(tensor.is_contiguous() and tensor.dtype == g.dtype for tensor in tensors):
         raise ValueError(f"kept derivatives: all tensors must be contiguous and {g.dtype}, as g is")
     # One array of numbers is made in less time than as many objects of ctypes.
     first = np.cumsum([0, *counts])
@@ -462,7 +463,8 @@ def respond(
         n_structures,
         first.ctypes.data,
         pointers.ctypes.data,
-        targets.data_ptr(),
+        known_forces.data_ptr(),
+        known_virial.data_ptr(),
         scale.data_ptr(),
         force_scale,
         virial_scale,

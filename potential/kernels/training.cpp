@@ -247,14 +247,13 @@ template <class T> class Response {
     const ResponseJob& job;
     const KeptJacobian& jacobian;
     const int64_t structure, low, n_atoms, n_columns;
-    const T *target, *g;
+    const T* g;
     T* v;
 
 public:
     Response(const ResponseJob& job, int64_t structure)
         : job(job), jacobian(job.jacobians[structure]), structure(structure), low(job.first[structure]),
           n_atoms(job.first[structure + 1] - low), n_columns(n_atoms * job.length),
-          target(static_cast<const T*>(job.targets) + 3 * low + 6 * structure),
           g(static_cast<const T*>(job.g) + low * job.length), v(static_cast<T*>(job.v) + low * job.length) {}
 
     void run() {
@@ -313,13 +312,12 @@ private:
     // Store what was predicted, and return the derivative of the loss by it.
     T respond(int64_t row, int64_t m, T predicted) const {
         const bool force = row < 3 * n_atoms;
-        if (force) {
-            static_cast<T*>(job.forces)[3 * (m * job.n_atoms + low) + row] = predicted;
-        } else {
-            static_cast<T*>(job.virial)[6 * (m * job.n_structures + structure) + row - 3 * n_atoms] = predicted;
-        }
-        if (target[row] != target[row]) return 0;
-        const T off = predicted - target[row], cap = T(job.cap);
+        const int64_t at = force ? 3 * low + row : 6 * structure + row - 3 * n_atoms;
+        if (force) static_cast<T*>(job.forces)[3 * m * job.n_atoms + at] = predicted;
+        else static_cast<T*>(job.virial)[6 * m * job.n_structures + at] = predicted;
+        const T known = static_cast<const T*>(force ? job.known_forces : job.known_virial)[at];
+        if (known != known) return 0;
+        const T off = predicted - known, cap = T(job.cap);
         const T scale = static_cast<const T*>(job.scale)[m * job.n_structures + structure];
         if (!force) return scale * T(job.virial_scale / double(n_atoms)) * off;
         return scale * T(job.force_scale / double(n_atoms)) * (off > cap ? cap : off < -cap ? -cap : off);

@@ -30,7 +30,7 @@ struct ResponseJob {
     int64_t n_members, length, n_atoms, n_structures;
     const int64_t* first;             // (n_structures + 1,), first atom of each
     const KeptJacobian* jacobians;
-    const void* targets;              // 3 n + 6 numbers for each structure, not a number where there is none
+    const void *known_forces, *known_virial;  // (n_atoms, 3) and (n_structures, 6), not a number where there is none
     const void* scale;                // (n_members, n_structures)
     double force_scale, virial_scale, cap;
     const void* g;                    // (n_members, n_atoms, length)
