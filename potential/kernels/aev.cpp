@@ -79,8 +79,9 @@ template <class T> class Worker {
     const int n_species, n_radial, n_a, n_z, a_pad, z_pad, n_items;
     T radial_rate, angular_rate;                      // -eta log2(e)
     int whole_zeta;                                   // Zeta if it is a small whole number, else 0
-    T *radial_shift, *angular_shift, *half_cos, *half_sin;
-    Neighbours<T> radial, angular;
+    bool fitted;                                      // powers of Zeta are polynomials
+    double reach;                                     // u = 1 + 2 (x - 1) / reach for x = (1 + cos(th - th_z)) / 2
+    T *radial_shift, *angular_shift, *turn_cos, *turn_sin; // u = turn_cos cos(th) + turn_sin sin(th) + 1 - 1 / reach
     int *near, *count;
     // one chunk of pairs: geometry, features with derivatives, results
     T *cosine, *mean_r, *weight, *R, *dR, *Z, *dZ, *U, *dU, *tangents, *results;
@@ -91,6 +92,7 @@ template <class T> class Worker {
 
 public:
     const int length;
+    Neighbours<T> radial, angular;                    // of the atom at work: look() finds them, or a caller puts them here
 
     Worker(const AevShape& shape, int64_t n_items, int64_t longest_row, Arena& arena)
         : shape(shape), n_species(int(shape.n_species)), n_radial(int(shape.n_radial)),
@@ -99,22 +101,32 @@ public:
           length(n_species * n_radial + n_species * (n_species + 1) / 2 * n_a * n_z) {
         radial_rate = T(-shape.eta_radial * LOG2_E), angular_rate = T(-shape.eta_angular * LOG2_E);
         whole_zeta = shape.zeta <= 64 && shape.zeta == int(shape.zeta) ? int(shape.zeta) : 0;
+        fitted = sizeof(T) == sizeof(float) && shape.reach > 0, reach = fitted ? shape.reach : 1;
         allocate(arena, int(longest_row));
         if (arena.base) fill_constants();
     }
 
-    void forward(const Edges<T>& edges, T* out);
-    void vjp(const Edges<T>& edges, Items<const T> cotangent, Items<T> out);
-    void jvp(const Edges<T>& edges, Items<const T> tangent, Items<T> out);
+    void look(const Edges<T>& edges) {
+        find(radial, edges, T(shape.radial_cutoff)), find(angular, edges, T(shape.angular_cutoff));
+    }
+    void allocate(Neighbours<T>& list, Arena& arena, int edges) const {
+        list.allocate(arena, most_slots(edges), most_present(edges));
+    }
+
+    void forward(T* out);
+    void vjp(int n_edges, Items<const T> cotangent, Items<T> out);
+    void jvp(Items<const T> tangent, Items<T> out);
 
 private:
+    int most_present(int edges) const { return int(lesser(n_species, edges)); }
+    int most_slots(int edges) const { return edges + (most_present(edges) + 2) * W; }
+
     void allocate(Arena& arena, int edges) {
-        const int present = int(lesser(n_species, edges));
         int radial_pad = round_up(n_radial, BLOCK);
-        slots_max = edges + (present + 2) * W;
+        slots_max = most_slots(edges);
         radial_shift = arena.take<T>(radial_pad), angular_shift = arena.take<T>(a_pad);
-        half_cos = arena.take<T>(z_pad), half_sin = arena.take<T>(z_pad);
-        radial.allocate(arena, slots_max, present), angular.allocate(arena, slots_max, present);
+        turn_cos = arena.take<T>(z_pad), turn_sin = arena.take<T>(z_pad);
+        for (Neighbours<T>* list : {&radial, &angular}) allocate(*list, arena, edges);
         near = arena.take<int>(edges + 1), count = arena.take<int>(n_species);
         for (T** a : {&cosine, &mean_r, &weight}) *a = arena.take<T>(CHUNK + W);
         for (T** a : {&R, &dR, &U}) *a = arena.take<T>(a_pad * CHUNK);
@@ -134,8 +146,8 @@ private:
             radial_shift[k] = k < n_radial ? T(shape.radial_shifts[k]) : 0;
         }
         for (int a = 0; a < a_pad; ++a) angular_shift[a] = a < n_a ? T(shape.angular_shifts[a]) : 0;
-        for (int z = 0; z < z_pad; ++z) half_cos[z] = z < n_z ? T(0.5 * shape.angle_cos[z]) : 0;
-        for (int z = 0; z < z_pad; ++z) half_sin[z] = z < n_z ? T(0.5 * shape.angle_sin[z]) : 0;
+        for (int z = 0; z < z_pad; ++z) turn_cos[z] = z < n_z ? T(shape.angle_cos[z] / reach) : 0;
+        for (int z = 0; z < z_pad; ++z) turn_sin[z] = z < n_z ? T(shape.angle_sin[z] / reach) : 0;
         for (T* a : {R, dR, U}) memset(a + n_a * CHUNK, 0, sizeof(T) * (a_pad - n_a) * CHUNK);
         for (T* z : {Z, dZ, dU}) memset(z + n_z * CHUNK, 0, sizeof(T) * (z_pad - n_z) * CHUNK);
     }
@@ -157,7 +169,10 @@ private:
     INLINE void pair_weight(int j, int k, int n, int at);
     void pair_tangents(int j, int k, int n, int at);
     void outer_tangents(int n);
-    template <bool DERIVATIVE> void features(int n);
+    template <bool DERIVATIVE> void features(int n) {
+        fitted ? features<DERIVATIVE, true>(n) : features<DERIVATIVE, false>(n);
+    }
+    template <bool DERIVATIVE, bool FITTED> void features(int n);
     template <bool SECOND> void outer(int n, const T* left, const T* right, const T* left2, const T* right2, V* sum);
     void store_sums(const V* sum, T* out);
     void radial_forward(T* out);
@@ -330,23 +345,35 @@ template <class V> INLINE V whole_power(V x, int n) {
 }
 
 // Z and R of each pair of the chunk. With DERIVATIVE also dZ = dZ/dcos, dR = dR/d(mean r), and R without the weight P.
-template <class T> template <bool DERIVATIVE> void Worker<T>::features(int n) {
-    const T power = T(DERIVATIVE ? shape.zeta - 1 : shape.zeta);
-    const int whole = DERIVATIVE ? whole_zeta - 1 : whole_zeta;
+template <class T> template <bool DERIVATIVE, bool FITTED> void Worker<T>::features(int n) {
+    // Local, as the stores below could change members.
+    const AevPower& power = shape.by_zeta[DERIVATIVE];
+    const int n_squarings = int(power.n_squarings), whole = whole_zeta - DERIVATIVE;
+    const T *by_cos = turn_cos, *by_sin = turn_sin, *shift = angular_shift, rate = angular_rate;
+    const T exponent = T(shape.zeta - DERIVATIVE), start = T(1 - 1 / reach), half = T(reach / 2);
+    const T slope = T(SHRINK * shape.zeta * reach / 2), stretch = T(-2 * shape.eta_angular);
+    T *z_out = Z, *dz_out = dZ, *r_out = R, *dr_out = dR;
+    T terms[AevPower::N_TERMS];
+    for (int k = 0; k < AevPower::N_TERMS; ++k) terms[k] = T(power.terms[k]);
     for (int t = 0; t < n; t += W) {
         V c = S::load(cosine + t), s = S::sqrt(T(1) - c * c), cotangent = DERIVATIVE ? c / s : c;
         for (int z = 0; z < n_z; ++z) {
-            V x = S::max(c * half_cos[z] + s * half_sin[z] + T(0.5), S::C::TINY);
-            V y = whole_zeta ? whole_power(x, whole) * T(2) : S::exp2(S::log2(x) * power + T(1));
-            S::store(Z + z * CHUNK + t, DERIVATIVE ? x * y : y);
-            if (!DERIVATIVE) continue;
-            S::store(dZ + z * CHUNK + t, (half_cos[z] - cotangent * half_sin[z]) * y * T(SHRINK * shape.zeta));
+            V u = S::max(c * by_cos[z] + (s * by_sin[z] + start), T(-1)), x = u * half + (T(1) - half), y;
+            if constexpr (FITTED) {
+                y = S::polynomial(u, terms);
+                for (int i = 0; i < n_squarings; ++i) y *= y;
+            } else {
+                x = S::max(x, S::C::TINY);
+                y = whole_zeta ? whole_power(x, whole) * T(2) : S::exp2(S::log2(x) * exponent + T(1));
+            }
+            S::store(z_out + z * CHUNK + t, DERIVATIVE ? x * y : y);
+            if (DERIVATIVE) S::store(dz_out + z * CHUNK + t, (by_cos[z] - cotangent * by_sin[z]) * (y * slope));
         }
         V r = S::load(mean_r + t), p = S::load(weight + t);
         for (int a = 0; a < n_a; ++a) {
-            V d = r - angular_shift[a], e = S::exp2(d * d * angular_rate);
-            S::store(R + a * CHUNK + t, DERIVATIVE ? e : e * p);
-            if (DERIVATIVE) S::store(dR + a * CHUNK + t, e * d * T(-2 * shape.eta_angular));
+            V d = r - shift[a], e = S::exp2(d * d * rate);
+            S::store(r_out + a * CHUNK + t, DERIVATIVE ? e : e * p);
+            if (DERIVATIVE) S::store(dr_out + a * CHUNK + t, e * d * stretch);
         }
     }
 }
@@ -554,11 +581,9 @@ template <class T> void Worker<T>::outer_tangents(int n) {
 
 // ---- one atom ------------------------------------------------------------------------------------------------------
 
-template <class T> void Worker<T>::forward(const Edges<T>& edges, T* out) {
+template <class T> void Worker<T>::forward(T* out) {
     memset(out, 0, sizeof(T) * length);
-    find(radial, edges, T(shape.radial_cutoff));
     radial_forward(out);
-    find(angular, edges, T(shape.angular_cutoff));
     for (int first = 0; first < angular.n_present; ++first) {
         for (int second = first; second < angular.n_present; ++second) {
             memset(sums, 0, sizeof(V) * a_pad * z_pad);
@@ -570,14 +595,12 @@ template <class T> void Worker<T>::forward(const Edges<T>& edges, T* out) {
     }
 }
 
-template <class T> void Worker<T>::vjp(const Edges<T>& edges, Items<const T> cotangent, Items<T> out) {
-    for (int m = 0; m < n_items; ++m) memset(out[m], 0, sizeof(T) * 3 * edges.n);
-    find(radial, edges, T(shape.radial_cutoff));
+template <class T> void Worker<T>::vjp(int n_edges, Items<const T> cotangent, Items<T> out) {
+    for (int m = 0; m < n_items; ++m) memset(out[m], 0, sizeof(T) * 3 * n_edges);
     int item = 0;
     for (; item + 8 <= n_items; item += 8) radial_vjp<8>(cotangent, out, item);
     for (; item + 4 <= n_items; item += 4) radial_vjp<4>(cotangent, out, item);
     for (; item < n_items; ++item) radial_vjp<1>(cotangent, out, item);
-    find(angular, edges, T(shape.angular_cutoff));
     for (int i = 0; i < 4 * n_items; ++i) memset(slot_array(0, i), 0, sizeof(T) * angular.n_slots);
     memset(of_first, 0, sizeof(T) * first_step() * angular.n_slots);
     for (int first = 0; first < angular.n_present; ++first) {
@@ -603,15 +626,13 @@ template <class T> void Worker<T>::vjp(const Edges<T>& edges, Items<const T> cot
     for (int m = 0; m < n_items; ++m) store_gradients(out[m], m);
 }
 
-template <class T> void Worker<T>::jvp(const Edges<T>& edges, Items<const T> tangent, Items<T> out) {
+template <class T> void Worker<T>::jvp(Items<const T> tangent, Items<T> out) {
     for (int m = 0; m < n_items; ++m) memset(out[m], 0, sizeof(T) * length);
-    find(radial, edges, T(shape.radial_cutoff));
     for (int m = 0; m < n_items; ++m) load_tangents(radial, tangent[m], m);
     int item = 0;
     for (; item + 8 <= n_items; item += 8) radial_jvp<8>(out, item);
     for (; item + 4 <= n_items; item += 4) radial_jvp<4>(out, item);
     for (; item < n_items; ++item) radial_jvp<1>(out, item);
-    find(angular, edges, T(shape.angular_cutoff));
     for (int m = 0; m < n_items; ++m) load_tangents(angular, tangent[m], m);
     for (int first = 0; first < angular.n_present; ++first) {
         for (int second = first; second < angular.n_present; ++second) {
@@ -644,30 +665,49 @@ template <class T, Product PRODUCT> void run(const AevJob& job, int64_t begin, i
     for (int64_t atom = begin; atom < end; ++atom) {
         const int64_t first = job.row[atom], at = atom * worker.length;
         const Edges<T> edges{vec + 3 * first, job.species + first, int(job.row[atom + 1] - first)};
-        if (PRODUCT == FORWARD) worker.forward(edges, out + at);
-        if (PRODUCT == VJP) worker.vjp(edges, {in + at, per_atom}, {out + 3 * first, per_edge});
-        if (PRODUCT == JVP) worker.jvp(edges, {in + 3 * first, per_edge}, {out + at, per_atom});
+        worker.look(edges);
+        if (PRODUCT == FORWARD) worker.forward(out + at);
+        if (PRODUCT == VJP) worker.vjp(edges.n, {in + at, per_atom}, {out + 3 * first, per_edge});
+        if (PRODUCT == JVP) worker.jvp({in + 3 * first, per_edge}, {out + at, per_atom});
     }
 }
 
-// A worker with room for the edges of one atom, which it collects from a list of pairs.
+// What an atom of a block sees, kept from its AEV until its forces.
+template <class T> struct View {
+    T* vec;
+    int64_t* other;
+    int n_edges;
+    Neighbours<T> radial, angular;
+};
+
+// A worker that takes the edges of its atoms from a list of pairs.
 template <class T> struct Collector {
     const AevBlock& block;
     const PairList& list;
     Arena arena;
     Worker<T> worker;
-    T *vec, *gradient;
-    int64_t *species, *other;
+    T* gradient;
+    int64_t* species;
+    View<T>* views;
 
     Collector(const AevBlock& block, void* workspace)
         : block(block), list(*block.list), arena{static_cast<char*>(workspace)},
           worker(*block.shape, block.n_items, block.longest_row, arena) {
-        vec = arena.take<T>(3 * block.longest_row + 3), gradient = arena.take<T>(3 * block.n_items * block.longest_row);
-        species = arena.take<int64_t>(block.longest_row + 1), other = arena.take<int64_t>(block.longest_row + 1);
+        gradient = arena.take<T>(3 * block.n_items * block.longest_row);
+        species = arena.take<int64_t>(block.longest_row + 1);
+        views = arena.take<View<T>>(block.n_rows);
+        for (int64_t r = 0; r < block.n_rows; ++r) {  // sets pointers only: the rest is as an earlier call left it
+            View<T> unused;
+            View<T>& view = workspace ? views[r] : unused;
+            view.vec = arena.take<T>(3 * block.longest_row + 3), view.other = arena.take<int64_t>(block.longest_row + 1);
+            for (Neighbours<T>* each : {&view.radial, &view.angular}) {
+                worker.allocate(*each, arena, int(block.longest_row));
+            }
+        }
     }
 
     // Pairs within the larger cutoff.
-    Edges<T> collect(int64_t atom) {
+    Edges<T> collect(int64_t atom, View<T>& view) {
         const double *own = list.positions + 3 * atom, *cell = list.cells + 9 * list.frame[atom];
         const AevShape& shape = *block.shape;
         const double cutoff = shape.radial_cutoff > shape.angular_cutoff ? shape.radial_cutoff : shape.angular_cutoff;
@@ -675,49 +715,56 @@ template <class T> struct Collector {
         for (int64_t e = list.row[atom]; e < list.row[atom + 1]; ++e) {
             const double* there = list.positions + 3 * list.other[e];
             const int32_t* turn = list.shift + 3 * e;
-            T* v = vec + 3 * n;
+            T* v = view.vec + 3 * n;
             for (int k = 0; k < 3; ++k) {
                 v[k] = T(there[k] - own[k] + (turn[0] * cell[k] + turn[1] * cell[3 + k] + turn[2] * cell[6 + k]));
             }
-            other[n] = list.other[e];
+            view.other[n] = list.other[e];
             n += v[0] * v[0] + v[1] * v[1] + v[2] * v[2] < T(cutoff * cutoff);
         }
-        for (int i = 0; i < n; ++i) species[i] = list.species[other[i]];
-        return {vec, species, n};
+        for (int i = 0; i < n; ++i) species[i] = list.species[view.other[i]];
+        view.n_edges = n;
+        return {view.vec, species, n};
     }
 
     void describe() {
         for (int64_t r = 0; r < block.n_rows; ++r) {
-            worker.forward(collect(block.atoms[r]), static_cast<T*>(block.aev) + r * worker.length);
+            View<T>& view = views[r];
+            worker.radial = view.radial, worker.angular = view.angular;
+            worker.look(collect(block.atoms[r], view));
+            worker.forward(static_cast<T*>(block.aev) + r * worker.length);
+            view.radial = worker.radial, view.angular = worker.angular;
         }
     }
 
+    // After describe() with the same block and workspace.
     void pull() {
         for (int64_t r = 0; r < block.n_rows; ++r) {
-            const Edges<T> edges = collect(block.atoms[r]);
+            const View<T>& view = views[r];
+            worker.radial = view.radial, worker.angular = view.angular;
             const T* cotangent = static_cast<const T*>(block.cotangent) + r * worker.length;
-            worker.vjp(edges, {cotangent, block.n_rows * worker.length}, {gradient, 3 * block.longest_row});
-            for (int m = 0; m < block.n_items; ++m) add_forces(m, edges, block.atoms[r], *block.unit[r]);
+            worker.vjp(view.n_edges, {cotangent, block.n_rows * worker.length}, {gradient, 3 * block.longest_row});
+            for (int m = 0; m < block.n_items; ++m) add_forces(m, view, block.atoms[r], *block.unit[r]);
         }
     }
 
-    void add_forces(int item, const Edges<T>& edges, int64_t atom, const AevUnit& unit) {
+    void add_forces(int item, const View<T>& view, int64_t atom, const AevUnit& unit) {
         const T* g = gradient + 3 * item * block.longest_row;
         T* forces = static_cast<T*>(unit.forces) + item * unit.step - 3 * unit.first_atom;
         T total[3] = {};
-        for (int i = 0; i < edges.n; ++i) {
-            T* to = forces + 3 * other[i];
+        for (int i = 0; i < view.n_edges; ++i) {
+            T* to = forces + 3 * view.other[i];
             for (int k = 0; k < 3; ++k) total[k] += g[3 * i + k], to[k] -= g[3 * i + k];
         }
         for (int k = 0; k < 3; ++k) forces[3 * atom + k] += total[k];
-        if (unit.virial) add_virial(g, edges, unit.virial + 9 * item);
+        if (unit.virial) add_virial(g, view, unit.virial + 9 * item);
     }
 
-    void add_virial(const T* g, const Edges<T>& edges, double* virial) {
+    void add_virial(const T* g, const View<T>& view, double* virial) {
         T total[9] = {};
-        for (int i = 0; i < edges.n; ++i)
+        for (int i = 0; i < view.n_edges; ++i)
             for (int k = 0; k < 3; ++k)
-                for (int l = 0; l < 3; ++l) total[3 * k + l] += edges.vec[3 * i + k] * g[3 * i + l];
+                for (int l = 0; l < 3; ++l) total[3 * k + l] += view.vec[3 * i + k] * g[3 * i + l];
         for (int k = 0; k < 9; ++k) virial[k] += double(total[k]);
     }
 };

@@ -3,11 +3,22 @@
 #include <cstddef>
 #include <cstdint>
 
+// 2 x^power for 0 <= x <= 1 in single precision: the polynomial sum_k terms[k] u^k, squared n_squarings times, where u goes
+// from 1 at x = 1 to -1 at x = 1 - reach, and stays there: below, the power is as good as 0.
+struct AevPower {
+    static constexpr int N_TERMS = 10;
+    double terms[N_TERMS];
+    int64_t n_squarings;
+};
+
 // The constants of the descriptor as Python passes them; lengths in angstrom, angles in radian.
+// by_zeta: of the powers Zeta and Zeta - 1. reach: of both, or 0 where no such polynomial is good enough.
 struct AevShape {
     double radial_cutoff, angular_cutoff, eta_radial, eta_angular, zeta;
     int64_t n_species, n_radial, n_angular_radial, n_angular;
     const double *radial_shifts, *angular_shifts, *angle_cos, *angle_sin;
+    double reach;
+    AevPower by_zeta[2];
 };
 
 // Networks leave out AEVs by so many numbers, where they are zero: pairs of elements that no atom of a block sees.
@@ -51,8 +62,8 @@ struct AevBlock {
     const void* cotangent;         // (n_items, n_rows, length)
 };
 
-// The three products for atoms [begin, end), and for a block the AEVs and what the cotangents do to forces and virials;
-// `workspace` is 64-byte aligned and belongs to the caller's thread.
+// The three products for atoms [begin, end), and for a block the AEVs and then what the cotangents do to forces and
+// virials, with what its atoms see kept in the workspace in between; that is 64-byte aligned and the caller's thread's.
 struct AevKernel {
     size_t (*workspace_bytes)(const AevJob&);
     void (*forward)(const AevJob&, int64_t begin, int64_t end, void* workspace);

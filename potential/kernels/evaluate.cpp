@@ -116,7 +116,7 @@ private:
         scratch.aev = reinterpret_cast<T*>(take(sizeof(T) * NETWORKS_BLOCK * length));
         scratch.energies = reinterpret_cast<T*>(take(sizeof(T) * NETWORKS_BLOCK * n_members));
         scratch.cotangent = reinterpret_cast<T*>(take(sizeof(T) * NETWORKS_BLOCK * length * job.n_items));
-        scratch.for_aev = take(aev.block_bytes(block_of(0, scratch)));
+        scratch.for_aev = take(aev.block_bytes(block_of(NETWORKS_BLOCK, scratch)));
         size_t most = 0;
         for (int64_t e = 0; e < job.shape->n_species; ++e) most = std::max(most, networks.workspace_bytes(job.networks[e]));
         scratch.for_networks = take(most);

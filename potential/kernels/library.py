@@ -12,8 +12,11 @@ import os
 import sysconfig
 from pathlib import Path
 
+from potential.kernels.powers import DEGREE
+
 __all__ = [
     "LEVELS",
+    "AevPower",
     "AevShape",
     "Evaluate",
     "Layers",
@@ -30,6 +33,12 @@ LIBRARY = Path(__file__).with_name(f"_aev{sysconfig.get_config_var('EXT_SUFFIX')
 LEVELS = ("plain", "avx2", "avx512")
 
 
+class AevPower(ctypes.Structure):
+    """AevPower of aev.h."""
+
+    _fields_ = (("terms", ctypes.c_double * (DEGREE + 1)), ("n_squarings", ctypes.c_int64))
+
+
 class AevShape(ctypes.Structure):
     """AevShape of aev.h."""
 
@@ -40,6 +49,8 @@ class AevShape(ctypes.Structure):
             (name, ctypes.POINTER(ctypes.c_double))
             for name in ("radial_shifts", "angular_shifts", "angle_cos", "angle_sin")
         ),
+        ("reach", ctypes.c_double),
+        ("by_zeta", AevPower * 2),
     )
 
 

@@ -18,6 +18,7 @@ from potential.kernels.kept import Blocks
 from potential.kernels.kept import cut as keep
 from potential.kernels.layers import Layout
 from potential.kernels.library import (
+    AevPower,
     AevShape,
     Evaluate,
     Layers,
@@ -29,6 +30,7 @@ from potential.kernels.library import (
     library,
 )
 from potential.kernels.motion import Moving
+from potential.kernels.powers import fit_power, reach_of
 from potential.kernels.reference import Stack, find_reverse, pair_virials
 from potential.structures import Structures
 
@@ -596,4 +598,15 @@ def _shape(p: AEVParameters) -> AevShape:
         doubles(p.angular_shifts),
         doubles(tuple(math.cos(angle) for angle in p.angle_shifts)),
         doubles(tuple(math.sin(angle) for angle in p.angle_shifts)),
+        *_powers(p.zeta),
     )
+
+
+def _powers(zeta: float) -> tuple[float, ctypes.Array[AevPower]]:
+    """The last two of AevShape."""
+    reach = reach_of(zeta - 1)
+    fitted = [power for power in (fit_power(exponent, reach) for exponent in (zeta, zeta - 1)) if power is not None]
+    if len(fitted) < 2:
+        return 0.0, (AevPower * 2)()
+    powers = (AevPower((ctypes.c_double * len(terms))(*terms), n_squarings) for terms, n_squarings in fitted)
+    return reach, (AevPower * 2)(*powers)

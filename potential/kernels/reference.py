@@ -65,10 +65,15 @@ LOG2_E = 1 / math.log(2)
 # are denormal numbers, on which the CPU is some 50 times slower.
 LOWEST_EXPONENT = -58.0
 SHORTEST_A = 1e-6  # atoms on the same spot: finite, instead of not a number
-TRIPLES_PER_BLOCK = 30_000  # a block's features stay in the cache
-PAIRS_PER_BLOCK = 8_000
+TRIPLES_PER_BLOCK = (
+    60_000  # a block's features stay near the processor, and its operations take longer than their calls
+)
+PAIRS_PER_BLOCK = 12_000
 ATOMS_PER_BLOCK = 128  # of the networks, for the same reason
 
+# From glibc, blocks above a size come as fresh pages, which take longer than the operations on them. It adapts that
+# size to what has been freed, up to 32 MB; so here is one that is freed at once, before anything touches it.
+torch.empty(31 << 20, dtype=torch.uint8)
 
 Features = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -102,17 +107,18 @@ def aev_with_vjp(
 
 
 def described_bytes(pairs_per_atom: float, p: AEVParameters, itemsize: int, n_products: int) -> float:
-    """Roughly what aev_with_vjp keeps for each atom: its triples with their features."""
+    """Roughly what aev_with_vjp keeps for each atom: its pairs and triples with their features."""
     near = pairs_per_atom * min(1.0, p.angular_cutoff_A / p.radial_cutoff_A) ** 3
-    return near**2 / 2 * itemsize * (len(p.angular_shifts) + 2 * len(p.angle_shifts) + 8)
+    per_triple = len(p.angular_shifts) + 2 * len(p.angle_shifts) + 8
+    return itemsize * (near**2 / 2 * per_triple + pairs_per_atom * len(p.radial_shifts))
 
 
 def _aev(described: Iterable[_Described], vec: torch.Tensor, row: torch.Tensor, p: AEVParameters) -> torch.Tensor:
     aev = vec.new_zeros(len(row) - 1, p.length)
     for block in described:
         out = vec.new_zeros(len(block.atoms), p.length)
-        for columns, shell in block.shells:
-            torch.sum(shell.features(p), 1, out=out[:, columns])
+        for columns, shell, gaussians in block.shells:
+            out[:, columns] = shell.sums(gaussians)
         for columns, wedge, (first, second, _) in block.wedges:
             out[:, columns] = torch.bmm((first * wedge.weight).transpose(0, 1), second.permute(1, 2, 0)).flatten(1)
         aev.index_copy_(0, block.atoms, out)
@@ -128,9 +134,10 @@ def _pull_back(
     turn = vec.new_zeros(n_members, n_pairs + 1, 3)
     for block in described:
         weights = cotangent.index_select(1, block.atoms)
-        for columns, shell in block.shells:
-            slope = torch.bmm(shell.slopes(p), weights[:, :, columns].permute(1, 2, 0))
-            stretch[:, shell.index] += slope.permute(2, 0, 1)
+        for columns, shell, gaussians in block.shells:
+            stretch.index_add_(
+                1, shell.index.flatten(), shell.pull_back(gaussians, weights[:, :, columns], p).flatten(1)
+            )
         for columns, wedge, features in block.wedges:
             for member in range(n_members):
                 weight = weights[member, :, columns].unflatten(1, (len(p.angular_shifts), len(p.angle_shifts)))
@@ -153,9 +160,8 @@ def aev_jvp(
     for block in _blocks(vec, row, species_other, p):
         block_out = vec.new_zeros(n_members, len(block.atoms), p.length)
         described = block.describe(p)
-        for columns, shell in described.shells:
-            change = torch.bmm(stretch[:, shell.index].transpose(0, 1), shell.slopes(p))
-            block_out[:, :, columns] = change.transpose(0, 1)
+        for columns, shell, gaussians in described.shells:
+            block_out[:, :, columns] = shell.push_forward(gaussians, stretch[:, shell.index], p)
         for columns, wedge, features in described.wedges:
             for member in range(n_members):
                 change = wedge.push_forward(features, stretch[member], turn[member])
@@ -174,8 +180,8 @@ def aev_products(
 
 def celu(value: torch.Tensor, alpha: float) -> tuple[torch.Tensor, torch.Tensor]:
     """CELU and its slope."""
-    slope = (value.clamp(max=0) * (LOG2_E / alpha)).clamp_(min=LOWEST_EXPONENT).exp2_()
-    return torch.add(value.relu(), slope - 1, alpha=alpha), slope
+    slope = value.clamp(min=LOWEST_EXPONENT * alpha / LOG2_E, max=0).mul_(LOG2_E / alpha).exp2_()
+    return value.relu().add_(slope, alpha=alpha).sub_(alpha), slope
 
 
 def networks(
@@ -263,8 +269,9 @@ def pair_sums(
     n_members, n_atoms = len(pair), len(row) - 1
     centre = torch.repeat_interleave(row.diff(), output_size=len(other))
     flat = pair.transpose(0, 1).reshape(len(other), n_members * 3)  # along the first axis index_add is much faster
-    sums = flat.new_zeros(n_atoms, n_members * 3).index_add_(0, centre, flat).index_add_(0, other, flat, alpha=-1)
-    return sums.view(n_atoms, n_members, 3).transpose(0, 1)
+    # With alpha = -1 index_add takes ten times as long.
+    own, others = (flat.new_zeros(n_atoms, n_members * 3).index_add_(0, index, flat) for index in (centre, other))
+    return own.sub_(others).view(n_atoms, n_members, 3).transpose(0, 1)
 
 
 def find_reverse(vec: torch.Tensor, row: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
@@ -336,6 +343,11 @@ def _assemble(vec: torch.Tensor, stretch: torch.Tensor, turn: torch.Tensor) -> t
     return gradient
 
 
+@functools.lru_cache(maxsize=64)
+def _constants(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return torch.tensor(values, dtype=dtype, device=device)
+
+
 def _cutoff(distance: torch.Tensor, cutoff_A: float) -> tuple[torch.Tensor, torch.Tensor]:
     """fc and its derivative."""
     angle = distance * (torch.pi / cutoff_A)
@@ -355,21 +367,34 @@ class _Shell:
     fc: torch.Tensor
     dfc: torch.Tensor
 
-    def _gaussians(self, p: AEVParameters) -> tuple[torch.Tensor, torch.Tensor]:
-        """(n, K, R): distance from the shift, and the Gaussian."""
-        apart = self.distance[:, :, None] - self.distance.new_tensor(p.radial_shifts)
-        gaussian = apart.square().mul_(-LOG2_E * p.eta_radial).clamp_(min=LOWEST_EXPONENT).exp2_()
-        return apart, gaussian
+    def gaussians(self, p: AEVParameters) -> torch.Tensor:
+        """(n, K, R)."""
+        apart = self.distance[:, :, None] - _constants(p.radial_shifts, self.distance.dtype, self.distance.device)
+        return apart.square_().mul_(-LOG2_E * p.eta_radial).clamp_(min=LOWEST_EXPONENT).exp2_()
 
-    def features(self, p: AEVParameters) -> torch.Tensor:
-        _, gaussian = self._gaussians(p)
-        return gaussian.mul_(RADIAL_PREFACTOR * self.fc[:, :, None])
+    def sums(self, gaussians: torch.Tensor) -> torch.Tensor:
+        """(n, R): the radial part of the AEV."""
+        return torch.bmm((RADIAL_PREFACTOR * self.fc)[:, None], gaussians).squeeze(1)
 
-    def slopes(self, p: AEVParameters) -> torch.Tensor:
-        """(n, K, R): derivative of the features by distance."""
-        apart, gaussian = self._gaussians(p)
-        slope = apart.mul_(-2 * p.eta_radial * self.fc[:, :, None]).add_(self.dfc[:, :, None])
-        return slope.mul_(gaussian).mul_(RADIAL_PREFACTOR)
+    def pull_back(self, gaussians: torch.Tensor, weight: torch.Tensor, p: AEVParameters) -> torch.Tensor:
+        """(M, n, K): gradient of <weight_m, sums> by distance. weight: (M, n, R)."""
+        shifted = weight * _constants(p.radial_shifts, weight.dtype, weight.device)
+        both = torch.bmm(gaussians, torch.cat([weight, shifted]).permute(1, 2, 0))  # (n, K, 2 M)
+        total, shifted = both.permute(2, 0, 1).chunk(2)
+        level, slope = self._slope(p)
+        return shifted.mul(slope).addcmul_(total, level)
+
+    def push_forward(self, gaussians: torch.Tensor, stretch: torch.Tensor, p: AEVParameters) -> torch.Tensor:
+        """(M, n, R): change of the sums when distances change by stretch, (M, n, K)."""
+        level, slope = self._slope(p)
+        both = torch.bmm(torch.cat([stretch * level, stretch * slope]).transpose(0, 1), gaussians)  # (n, 2 M, R)
+        total, shifted = both.transpose(0, 1).chunk(2)
+        return total.addcmul(shifted, _constants(p.radial_shifts, shifted.dtype, shifted.device))
+
+    def _slope(self, p: AEVParameters) -> tuple[torch.Tensor, torch.Tensor]:
+        """(n, K) twice: the slope of a feature, over its Gaussian, at a shift of 0, and how it grows with the shift."""
+        slope = self.fc * (2 * RADIAL_PREFACTOR * p.eta_radial)
+        return (self.dfc * RADIAL_PREFACTOR).addcmul_(slope, self.distance, value=-1), slope
 
 
 class _Wedge:
@@ -381,11 +406,9 @@ class _Wedge:
     def __init__(self, left: _Shell, right: _Shell, p: AEVParameters) -> None:
         self.left, self.right, self.p = left, right, p
         self.same = left is right
-        shape = left.distance.shape[1], right.distance.shape[1]
-        device = left.distance.device
-        pairs = torch.ones(shape, dtype=torch.bool, device=device).triu_(1 if self.same else -shape[0])
-        self.left_of, self.right_of = pairs.nonzero().unbind(1)
-        self.pair = self.left_of * shape[1] + self.right_of
+        self.shape = left.distance.shape[1], right.distance.shape[1]
+        self.left_of, self.right_of, self.triple_of = _numbered(self.shape, self.same, left.index.device)
+        self.pair = self.left_of * self.shape[1] + self.right_of
         self.weight = self._of_left(left.fc).mul_(2).mul_(self._of_right(right.fc))
         self.mean = self._of_left(left.distance).add_(self._of_right(right.distance)).mul_(0.5)
         self.cosine = self._of_both(torch.bmm(left.unit, right.unit.transpose(1, 2))).mul_(ANGLE_SCALE)
@@ -421,7 +444,7 @@ class _Wedge:
         return first, second, slope.mul_(power)
 
     def _column(self, values: tuple[float, ...]) -> torch.Tensor:
-        return self.mean.new_tensor(values)[:, None, None]
+        return _constants(values, self.mean.dtype, self.mean.device)[:, None, None]
 
     def pull_back(
         self,
@@ -433,22 +456,19 @@ class _Wedge:
         """Add the gradient of <weight (n, A, Z), F1^T f F2> to that by length (E + 1,) and direction (E + 1, 3)."""
         first, second, bend = (feature.transpose(0, 1) for feature in features)
         by_first = torch.bmm(weight, second).mul_(first)
-        shifts = self.mean.new_tensor(self.p.angular_shifts)
+        shifts = self._column(self.p.angular_shifts).flatten()
         total, shifted = torch.matmul(torch.stack([torch.ones_like(shifts), shifts]), by_first).unbind(1)
         by_mean = shifted.sub_(self.mean * total).mul_(self.weight).mul_(self.p.eta_angular)  # half of that by x
         by_cosine = torch.bmm(weight.transpose(1, 2), first).mul_(bend).sum(1).mul_(self.weight)
-        triples = self._square(torch.stack([total.mul_(2), by_mean, by_cosine]))
+        triples = self._square(total.mul_(2), by_mean, by_cosine)
         _reduce(self.left, self.right, triples, stretch, turn)
         if not self.same:
             _reduce(self.right, self.left, triples.transpose(2, 3), stretch, turn)
 
-    def _square(self, values: torch.Tensor) -> torch.Tensor:
-        """(k, n, T) -> (k, n, K, K'), symmetric when both shells are one."""
-        shape = self.left.distance.shape[1], self.right.distance.shape[1]
-        flat = values.new_zeros(*values.shape[:2], shape[0] * shape[1]).index_copy_(2, self.pair, values)
-        if self.same:
-            flat.index_copy_(2, self.right_of * shape[1] + self.left_of, values)
-        return flat.view(*values.shape[:2], *shape)
+    def _square(self, *values: torch.Tensor) -> torch.Tensor:
+        """k times (n, T) -> (k, n, K, K'), symmetric when both shells are one."""
+        padded = torch.nn.functional.pad(torch.stack(values), (0, 1)).flatten(0, 1)
+        return padded.index_select(1, self.triple_of).view(len(values), -1, *self.shape)
 
     def push_forward(
         self,
@@ -473,6 +493,23 @@ class _Wedge:
         return out.baddbmm_(bent.transpose(0, 1), bend.permute(1, 2, 0))
 
 
+@functools.lru_cache(maxsize=64)
+def _numbered(
+    shape: tuple[int, int], same: bool, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rows and columns (T,) of a table's cells, of `same` only those right of the diagonal, and (K K',) their numbers.
+
+    Cells left of the diagonal have the numbers of those that mirror them. Those without number have T.
+    """
+    counted = torch.ones(shape, dtype=torch.bool, device=device).triu_(1 if same else -shape[0])
+    rows, columns = counted.nonzero().unbind(1)
+    numbers = rows.new_full(shape, len(rows))
+    numbers[rows, columns] = torch.arange(len(rows), device=device)
+    if same:
+        numbers = torch.minimum(numbers, numbers.T)
+    return rows, columns, numbers.flatten()
+
+
 def _reduce(shell: _Shell, partner: _Shell, triples: torch.Tensor, stretch: torch.Tensor, turn: torch.Tensor) -> None:
     """Add derivatives by cutoff functions, mean length and cosine of triples, (3, n, K, K'), to those by pairs."""
     by_cutoff, by_mean, by_cosine = triples
@@ -494,7 +531,7 @@ class _Block:
         """Without `bend` for AEVs only."""
         width = len(p.radial_shifts)
         shells = [
-            (slice(species * width, (species + 1) * width), shell)
+            (slice(species * width, (species + 1) * width), shell, shell.gaussians(p))
             for species, shell in enumerate(self.near)
             if shell.index.shape[1] > 0
         ]
@@ -509,10 +546,10 @@ class _Block:
 
 @dataclass(frozen=True)
 class _Described:
-    """A block's shells, and its wedges with their features, each with its columns of the AEV."""
+    """A block's shells and wedges with their features, each with its columns of the AEV."""
 
     atoms: torch.Tensor
-    shells: list[tuple[slice, _Shell]]
+    shells: list[tuple[slice, _Shell, torch.Tensor]]
     wedges: list[tuple[slice, _Wedge, Features]]
 
 
@@ -529,9 +566,10 @@ def _blocks(vec: torch.Tensor, row: torch.Tensor, species_other: torch.Tensor, p
     near = _Table(distance, key, p.radial_cutoff_A, n_atoms, p.n_species)
     nearest = _Table(distance, key, p.angular_cutoff_A, n_atoms, p.n_species)
     padded = _Padded(vec, distance)
-    size = max(1, min(PAIRS_PER_BLOCK // near.longest, 2 * TRIPLES_PER_BLOCK // nearest.longest**2))
-    for low in range(0, n_atoms, size):
-        high = min(low + size, n_atoms)
+    most = max(1, min(PAIRS_PER_BLOCK // near.longest, 2 * TRIPLES_PER_BLOCK // nearest.longest**2))
+    n_blocks = math.ceil(n_atoms / most)
+    for block in range(n_blocks):
+        low, high = n_atoms * block // n_blocks, n_atoms * (block + 1) // n_blocks
         yield _Block(
             atoms[low:high],
             [padded.shell(index, p.radial_cutoff_A) for index in near.indices(low, high)],
