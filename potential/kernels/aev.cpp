@@ -134,7 +134,7 @@ private:
         tangents = arena.take<T>(n_items * 3 * (CHUNK + W));
         results = arena.take<T>(n_items * 3 * RESULT);
         segments = arena.take<Segment>(CHUNK);
-        sums = arena.take<V>(n_items * a_pad * z_pad);
+        sums = arena.take<V>((n_items > 1 ? n_items : 1) * a_pad * z_pad); // AEVs have no items
         coefficients = arena.take<T>(size_t(n_items) * (radial_pad > a_pad * z_pad ? radial_pad : a_pad * z_pad));
         per_slot = arena.take<T>(size_t(n_items) * 4 * slots_max);
         of_first = arena.take<T>(size_t(first_step()) * slots_max);
@@ -322,16 +322,19 @@ INLINE void Worker<T>::for_each_chunk(int first, int second, Fill fill, Flush fl
 }
 
 template <class T> INLINE void Worker<T>::pair_geometry(int j, int k, int n, int at) {
-    const Neighbours<T>& a = angular;
+    const Neighbours<T> a = angular;                  // a copy: the stores below cannot change its pointers
+    T *to_cosine = cosine + at, *to_mean = mean_r + at;
+    const T x = a.x[j] * T(SHRINK), y = a.y[j] * T(SHRINK), z = a.z[j] * T(SHRINK), r = a.r[j];
     for (int i = 0; i < n; i += W) {
-        V dot = S::load(a.x + k + i) * a.x[j] + S::load(a.y + k + i) * a.y[j] + S::load(a.z + k + i) * a.z[j];
-        S::store(cosine + at + i, dot * T(SHRINK));
-        S::store(mean_r + at + i, (S::load(a.r + k + i) + a.r[j]) * T(0.5));
+        S::store(to_cosine + i, S::load(a.x + k + i) * x + S::load(a.y + k + i) * y + S::load(a.z + k + i) * z);
+        S::store(to_mean + i, (S::load(a.r + k + i) + r) * T(0.5));
     }
 }
 
 template <class T> INLINE void Worker<T>::pair_weight(int j, int k, int n, int at) {
-    for (int i = 0; i < n; i += W) S::store(weight + at + i, S::load(angular.fc + k + i) * angular.fc[j]);
+    const T *fc = angular.fc + k, by = angular.fc[j];
+    T* to = weight + at;
+    for (int i = 0; i < n; i += W) S::store(to + i, S::load(fc + i) * by);
 }
 
 // x^n by squaring: five to eleven products for n up to 64, a quarter of a logarithm and a power of two.
@@ -442,7 +445,7 @@ template <class T> void Worker<T>::contract(int n, int item) {
 // Add the pairs' results of M items to their two neighbours: (dE/dr, dE/du (3)) of k in slot_array, those of j in `of_first`.
 // Two places, because a vector load that overlaps a scalar just stored has to wait for it.
 template <class T> template <int M> void Worker<T>::scatter(int item) {
-    const Neighbours<T> a = angular;                  // a copy: the stores below cannot change its pointers
+    const Neighbours<T> a = angular;                  // a copy, as above
     T* second[M][4];
     for (int m = 0; m < M; ++m)
         for (int q = 0; q < 4; ++q) second[m][q] = slot_array(item + m, q);

@@ -81,6 +81,15 @@ def test_means_and_spreads_are_those_of_the_members(committee, atoms):
         mean.force_spread()
 
 
+def test_energies_alone_are_those_beside_forces_with_many_angular_functions():
+    committee = Committee.from_settings(PotentialSettings(n_members=2), ["Al"], seed=1)
+    crystal = bulk("Al", cubic=True) * (3, 3, 3)
+    crystal.rattle(0.1, seed=1)
+    structures = Structures.from_frames([frame_of(crystal)], ["Al"], torch.float32)
+    alone, beside = (committee.evaluate(structures, forces=forces).energy_members for forces in ("none", "members"))
+    assert torch.equal(alone, beside)
+
+
 def test_order_of_atoms_does_not_matter(committee, atoms):
     order = np.random.default_rng(0).permutation(len(atoms))
     got, shuffled = evaluate(committee, atoms), evaluate(committee, atoms[order])
