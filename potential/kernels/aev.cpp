@@ -179,6 +179,7 @@ private:
     template <int M> void radial_vjp(Items<const T> cotangent, Items<T> out, int item);
     template <int M> void radial_jvp(Items<T> out, int item);
     void contract(int n, int item);
+    template <int C> void contract_at(int t, int item);
     template <int M> void scatter(int item);
     void add_first();
     void store_gradients(T* out, int item);
@@ -419,26 +420,35 @@ template <class T> void Worker<T>::store_sums(const V* sum, T* out) {
 // With g_z = sum_a R_a G[a][z] and h_z = sum_a dR_a G[a][z], the three numbers of a pair:
 // results = (sum_z g_z Z_z, sum_z h_z Z_z, sum_z g_z dZ_z), still without the weight P.
 template <class T> void Worker<T>::contract(int n, int item) {
-    const T* g = coefficients + item * a_pad * z_pad;
-    for (int t = 0; t < n; t += W) {
-        V value{}, by_r{}, by_cosine{};
-        for (int z = 0; z < z_pad; z += BLOCK) {
-            V left[BLOCK] = {}, dleft[BLOCK] = {};
-            for (int a = 0; a < n_a; ++a) {
-                V f = S::load(R + a * CHUNK + t), df = S::load(dR + a * CHUNK + t);
-                for (int q = 0; q < BLOCK; ++q) {
-                    left[q] += f * g[a * z_pad + z + q];
-                    dleft[q] += df * g[a * z_pad + z + q];
-                }
-            }
+    int t = 0;
+    for (; t + 2 * W <= n; t += 2 * W) contract_at<2>(t, item); // two vectors share loads
+    for (; t < n; t += W) contract_at<1>(t, item);
+}
+
+template <class T> template <int C> INLINE void Worker<T>::contract_at(int t, int item) {
+    const T *g = coefficients + item * a_pad * z_pad, *r = R + t, *dr = dR + t, *zeta = Z + t, *dzeta = dZ + t;
+    V value[C] = {}, by_r[C] = {}, by_cosine[C] = {};
+    for (int z = 0; z < z_pad; z += BLOCK) {
+        V left[BLOCK][C] = {}, dleft[BLOCK][C] = {};
+        for (int a = 0; a < n_a; ++a) {
+            V f[C], df[C];
+            for (int v = 0; v < C; ++v) f[v] = S::load(r + a * CHUNK + v * W), df[v] = S::load(dr + a * CHUNK + v * W);
             for (int q = 0; q < BLOCK; ++q) {
-                V f = S::load(Z + (z + q) * CHUNK + t);
-                value += left[q] * f, by_r += dleft[q] * f;
-                by_cosine += left[q] * S::load(dZ + (z + q) * CHUNK + t);
+                const T factor = g[a * z_pad + z + q];
+                for (int v = 0; v < C; ++v) left[q][v] += f[v] * factor, dleft[q][v] += df[v] * factor;
             }
         }
-        T* out = results + item * 3 * RESULT + W + t;
-        S::store(out, value), S::store(out + RESULT, by_r), S::store(out + 2 * RESULT, by_cosine);
+        for (int q = 0; q < BLOCK; ++q) {
+            for (int v = 0; v < C; ++v) {
+                V f = S::load(zeta + (z + q) * CHUNK + v * W);
+                value[v] += left[q][v] * f, by_r[v] += dleft[q][v] * f;
+                by_cosine[v] += left[q][v] * S::load(dzeta + (z + q) * CHUNK + v * W);
+            }
+        }
+    }
+    T* out = results + item * 3 * RESULT + W + t;
+    for (int v = 0; v < C; ++v, out += W) {
+        S::store(out, value[v]), S::store(out + RESULT, by_r[v]), S::store(out + 2 * RESULT, by_cosine[v]);
     }
 }
 
