@@ -34,6 +34,8 @@ from potential.structures import Structures
 from trainer.loss import References, Weights, pulls
 from trainer.room import Room
 
+PART, MOST_PARTS = 16, 48  # kernels leave out so many numbers of AEVs at a time; so many parts are looked at
+
 __all__ = ["Block", "Geometry", "Pairs", "Recomputed", "describe", "jacobian_numbers", "join", "with_jacobian"]
 
 
@@ -41,11 +43,13 @@ __all__ = ["Block", "Geometry", "Pairs", "Recomputed", "describe", "jacobian_num
 class Geometry:
     """One structure as the trainer sees it, on the device of the training but for its species.
 
-    species: (n,), on the CPU. aev: (n, L). Pairs sorted by centre: vec (E, 3), A; centre and other (E,). jacobian:
-    (3n + 6, n * L), rows -dAEV/dx then dAEV/dstrain (xx yy zz yz xz xy), when it is kept; then there are no pairs.
+    species: (n,), on the CPU. kinds: (n,), by which atoms are sorted that the kernels can treat alike. aev: (n, L).
+    Pairs sorted by centre: vec (E, 3), A; centre and other (E,). jacobian: (3n + 6, n * L), rows -dAEV/dx then
+    dAEV/dstrain (xx yy zz yz xz xy), when it is kept; then there are no pairs.
     """
 
     species: Tensor
+    kinds: NDArray[np.int64]
     aev: Tensor
     vec: Tensor
     centre: Tensor
@@ -68,12 +72,23 @@ def describe(
     vec = pair_vectors(structures, neighbours).to(device, dtype)
     species, first = structures.species, structures.first_atom
     aev = aev_forward(vec, neighbours.row.to(device), species[neighbours.other].to(device), p)
+    kinds = _kinds(species, aev)
     all_centres, all_others = neighbours.centre.to(device), neighbours.other.to(device)
     geometries = []
     for (a, b), (e, f) in zip(pairwise(first.tolist()), pairwise(neighbours.row[first].tolist()), strict=True):
         centre, other = all_centres[e:f] - a, all_others[e:f] - a
-        geometries.append(Geometry(species[a:b], aev[a:b], vec[e:f], centre, other))
+        geometries.append(Geometry(species[a:b], kinds[a:b], aev[a:b], vec[e:f], centre, other))
     return geometries
+
+
+def _kinds(species: Tensor, aev: Tensor) -> NDArray[np.int64]:
+    """(N,): numbers that grow with the species, and on a CPU are the same where AEVs are zero in the same parts."""
+    kinds: NDArray[np.int64] = species.numpy() << MOST_PARTS
+    if aev.device.type == "cpu":
+        padded = torch.nn.functional.pad(aev, (0, -aev.shape[1] % PART))
+        filled = padded.view(len(aev), -1, PART).sum(2).numpy()[:, :MOST_PARTS] > 0  # no function is below zero
+        kinds |= filled @ (1 << np.arange(filled.shape[1]))
+    return kinds
 
 
 def with_jacobian(geometry: Geometry, p: AEVParameters, *, virial_known: bool = True) -> Geometry:
@@ -89,6 +104,7 @@ def with_jacobian(geometry: Geometry, p: AEVParameters, *, virial_known: bool = 
     rows = block.lift(forces.contiguous(), virial * virial_known)
     return Geometry(
         geometry.species,
+        geometry.kinds,
         geometry.aev,
         geometry.vec.new_empty(0, 3),
         geometry.centre.new_empty(0),
@@ -146,18 +162,18 @@ class Pairs:
 def join(geometries: Sequence[Geometry], p: AEVParameters, room: Room | None = None) -> Block:
     """Join structures that all keep their Jacobian, or none does. room: of their AEVs."""
     kept = [geometry.jacobian for geometry in geometries if geometry.jacobian is not None]
-    species = torch.cat([geometry.species for geometry in geometries])
+    kinds = np.concatenate([geometry.kinds for geometry in geometries])
     aevs = [geometry.aev for geometry in geometries]
-    aev = torch.cat(aevs, out=None if room is None else room.take((len(species), p.length), aevs[0]))
-    n_atoms = torch.tensor([geometry.species.numel() for geometry in geometries]).to(aev.device)
+    aev = torch.cat(aevs, out=None if room is None else room.take((len(kinds), p.length), aevs[0]))
+    order = kinds.argsort(kind="stable")
+    ends = np.searchsorted(kinds[order], np.arange(1, p.n_species) << MOST_PARTS)
+    elements = [_placed(torch.from_numpy(atoms), aev.device) for atoms in np.split(order, ends)]
+    n_atoms = torch.tensor([len(geometry.kinds) for geometry in geometries]).to(aev.device)
     frame_of_atom = torch.repeat_interleave(n_atoms, output_size=len(aev))
-    elements = [
-        _placed(torch.from_numpy(np.flatnonzero(species.numpy() == element)), aev.device)
-        for element in range(p.n_species)
-    ]
     if kept:
         return _Kept(elements, aev, n_atoms, frame_of_atom, kept)
     pairs = _join_pairs(geometries)
+    species = torch.cat([geometry.species for geometry in geometries])
     return Recomputed(elements, _placed(species, aev.device), aev, n_atoms, frame_of_atom, pairs, p)
 
 

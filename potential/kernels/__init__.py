@@ -192,8 +192,9 @@ def forward_layers(
     """Write the energies of `atoms` and g = dE/dAEV into energies (M, N) and g (M, N, L).
 
     flat: (M, P), parameters of all networks. layout: where those of an element are. aev: (N, L). atoms: (n,), those of
-    that element. Where parts of the AEVs are zero g may be, too: nothing moves them. Returns what the way back needs.
-    former: what an earlier call returned and is needed no more; its memory may be used again.
+    that element. Where parts of the AEVs are zero g may be, too: nothing moves them; with atoms in a row whose AEVs are
+    zero in the same places more is left out. Returns what the way back needs. former: what an earlier call returned and
+    is needed no more; its memory may be used again.
     """
     tape: object = _kernels(flat).forward_layers(flat, layout, celu_alpha, aev, atoms, energies, g, former)
     return tape

@@ -3,8 +3,6 @@
 // Plain C entry points without any torch or Python header, so that ctypes, a torch.library wrapper and a LAMMPS pair
 // style can all call them. Atoms are independent, so the answer does not depend on the number of threads.
 #include <algorithm>
-#include <utility>
-#include <vector>
 
 #include "levels.h"
 #include "run.h"
@@ -14,24 +12,6 @@
 namespace {
 
 constexpr int64_t ATOMS_PER_TURN = 16;
-
-// Which parts of an AEV are not zero, a bit for each.
-template <class T> uint64_t filled_parts(const T* aev, int64_t length) {
-    uint64_t filled = 0;
-    for (int64_t low = 0; low < length; low += AEV_PART) {
-        bool any = false;
-        for (int64_t i = low; i < std::min(low + AEV_PART, length) && !any; ++i) any = aev[i] != 0;
-        filled |= uint64_t(any) << low / AEV_PART % 64;
-    }
-    return filled;
-}
-
-template <class T> void sort_atoms(int64_t n, int64_t length, const T* aev, const int64_t* atoms, int64_t* out) {
-    std::vector<std::pair<uint64_t, int64_t>> sorted(n);
-    for (int64_t i = 0; i < n; ++i) sorted[i] = {filled_parts(aev + atoms[i] * length, length), atoms[i]};
-    std::stable_sort(sorted.begin(), sorted.end(), [](const auto& a, const auto& b) { return a.first < b.first; });
-    for (int64_t i = 0; i < n; ++i) out[i] = sorted[i].second;
-}
 
 int best_level() {
 #if defined(__x86_64__)
@@ -71,16 +51,6 @@ EXPORT int smelt_networks(int level, int is_double, int n_threads, const Network
     const NetworksKernel& kernel = NETWORKS[level][is_double];
     run((job->n_rows + NETWORKS_BLOCK - 1) / NETWORKS_BLOCK, n_threads, kernel.workspace_bytes(*job),
         [&](int64_t turn, void* workspace) { kernel.run(*job, turn, workspace); });
-    return 0;
-} catch (const std::bad_alloc&) {
-    return 1;
-}
-
-// Atoms (n,), those whose AEVs are zero in the same places together.
-EXPORT int smelt_sort_atoms(int is_double, int64_t n, int64_t length, const void* aev, const int64_t* atoms,
-                            int64_t* out) try {
-    if (is_double) sort_atoms(n, length, static_cast<const double*>(aev), atoms, out);
-    else sort_atoms(n, length, static_cast<const float*>(aev), atoms, out);
     return 0;
 } catch (const std::bad_alloc&) {
     return 1;

@@ -172,7 +172,6 @@ def library() -> ctypes.CDLL:
     loaded.smelt_kick.argtypes = [integer, ctypes.POINTER(Motion), ctypes.c_double]
     loaded.smelt_pairs.argtypes = [*[integer] * 3, *[long] * 3, *[pointer] * 4]
     loaded.smelt_networks.argtypes = [*[integer] * 3, ctypes.POINTER(Networks)]
-    loaded.smelt_sort_atoms.argtypes = [integer, long, long, *[pointer] * 3]
     loaded.smelt_tape.restype = long
     loaded.smelt_tape.argtypes = [integer, integer, ctypes.POINTER(Layers)]
     loaded.smelt_layers.argtypes = [*[integer] * 4, ctypes.POINTER(Layers)]

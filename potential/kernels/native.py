@@ -355,7 +355,7 @@ def forward_layers(
     """
     _check("energies", energies, (flat.shape[0], aev.shape[0]))
     _check("g", g, (flat.shape[0], *aev.shape))
-    atoms = _sorted(aev, atoms)
+    atoms = atoms.long().contiguous()
     job = _layers(flat, layout, celu_alpha, aev, atoms, energies, g)
     job.energies, job.g = energies.data_ptr(), g.data_ptr()
     n_numbers = flat.shape[0] * library().smelt_tape(level(), _is_double(flat), ctypes.byref(job))
@@ -366,16 +366,6 @@ def forward_layers(
     job.tape = numbers.data_ptr()
     _run_layers(False, flat, job)
     return Tape(atoms, numbers)
-
-
-def _sorted(aev: torch.Tensor, atoms: torch.Tensor) -> torch.Tensor:
-    """Those whose AEVs are zero in the same places together, so that the kernels can leave these out."""
-    aev, atoms = aev.contiguous(), atoms.long().contiguous()
-    out = torch.empty_like(atoms)
-    pointers = (tensor.data_ptr() for tensor in (aev, atoms, out))
-    if library().smelt_sort_atoms(_is_double(aev), len(atoms), aev.shape[1], *pointers):
-        raise MemoryError(f"no memory to sort {len(atoms)} atoms")
-    return out
 
 
 def backward_layers(

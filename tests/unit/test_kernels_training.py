@@ -45,7 +45,8 @@ def pass_through_layers(kernels, dtype, device="cpu", holes=slice(0)) -> tuple[T
     flat, aev, by_energy, by_g = (each.to(device) for each in (flat, aev, by_energy, by_g))
     energies, g, gradient = torch.empty_like(by_energy), torch.empty_like(by_g), torch.zeros_like(flat)
     for number, layout in enumerate(LAYOUTS):
-        atoms = torch.nonzero(element == number).squeeze(1).to(device)
+        atoms = torch.nonzero(element == number).squeeze(1)
+        atoms = atoms[HOLEY[atoms].int().argsort()].to(device)
         tape = kernels.forward_layers(flat, layout, CELU_ALPHA, aev, atoms, energies, g)
         kernels.backward_layers(flat, layout, CELU_ALPHA, tape, aev, atoms, by_energy, by_g, gradient)
     return energies, g, gradient
