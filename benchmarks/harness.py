@@ -21,7 +21,7 @@ import torch
 __all__ = ["ROWS", "Row", "Times", "compare", "interleave", "publish", "ratio_row", "settle"]
 
 Task = Callable[[], Any]
-ROUNDS = 7
+ROUNDS = 9
 SECONDS_PER_TURN = 0.15  # a task shorter than this is repeated within a round
 ROWS = "SMELT_BENCH_ROWS"  # where rows are written to instead of being shown
 

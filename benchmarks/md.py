@@ -88,7 +88,7 @@ def mean_rows(machine: Machine) -> list[Row]:
     for n in (3, 5, 8):
         case = Case(n)
         tasks = {"peer": case.peer_mean, "ours": case.mean, "plain": without_compiler(case.mean)}
-        times = interleave(tasks, rounds=7 if n < 8 else 5)
+        times = interleave(tasks)
         work, floor = f"8 energies, mean forces, stress, {case.name}", floor_s(machine, case.n_atoms, 1)
         agreement = deviation(case.mean(), case.peer_mean(), "eV/A")
         rows += _pair(case, work, times, MEAN, PLAIN_MEAN, floor, agreement)
@@ -100,7 +100,7 @@ def member_rows(machine: Machine) -> list[Row]:
     for n in (3, 5):
         case = Case(n)
         tasks = {"peer": case.peer_members, "ours": case.members, "plain": without_compiler(case.members)}
-        times = interleave(tasks, rounds=5)
+        times = interleave(tasks)
         work, floor = f"forces of 8 members, spread, {case.name}", floor_s(machine, case.n_atoms, 8)
         agreement = deviation(case.members()[0], case.peer_members()[0], "eV/A")
         rows += _pair(case, work, times, MEMBERS, PLAIN_MEMBERS, floor, agreement)

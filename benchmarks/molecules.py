@@ -111,14 +111,14 @@ def main() -> None:
     machine, rows = Machine.measure(), list[Row]()
     for n_members, bars in ((8, EVALUATION), (1, None)):
         both = Both(n_members)
-        times = interleave({"peer": both.theirs, "ours": both.ours}, rounds=5)
+        times = interleave({"peer": both.theirs, "ours": both.ours})
         floor = N_MOLECULES * machine.seconds(flops=4 * n_members * MACS_PER_MOLECULE)
         work = f"molecules of 20 atoms, energy and forces, {n_members} network{'s' * (n_members > 1)}"
         agreement = deviation(both.ours(), both.theirs(), "eV/A")
         amount = N_MOLECULES, "molecules"
         rows.append(ratio_row(work, times["peer"], times["ours"], amount, bars, floor, agreement))
     trainings = Trainings()
-    times = interleave({"peer": trainings.theirs, "ours": trainings.ours}, rounds=5)
+    times = interleave({"peer": trainings.theirs, "ours": trainings.ours})
     floor = N_TRAINED * machine.seconds(flops=12 * MACS_PER_MOLECULE)
     agreement = deviation(trainings.our_gradient()[0], trainings.their_gradient(), "(gradient)")
     work, amount = "molecules, training step with forces, 1 network", (N_TRAINED, "molecules")

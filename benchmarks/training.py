@@ -113,7 +113,7 @@ def main() -> None:
     peers = [Peer(committee, rows, member) for member in range(2)]
     for name, ours, bars in (("one network", single, ONE), ("committee of 8", committee, COMMITTEE)):
         recomputed, kept = Ours(ours, rows, 0.0), Ours(ours, rows, 4.0)
-        times = interleave({"peer": peers[0].step, "recomputed": recomputed.step, "kept": kept.step}, rounds=5)
+        times = interleave({"peer": peers[0].step, "recomputed": recomputed.step, "kept": kept.step})
         if ours is committee:  # eight trainings of one network each
             times["peer"] = type(times["peer"])(tuple(8 * t for t in times["peer"].rounds))
         last = 1 if ours is committee else 0

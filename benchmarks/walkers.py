@@ -98,7 +98,7 @@ def main() -> None:
     walking = Walking()
     walking.check_to_check()
     found = walking.dynamics.n_neighbour_searches
-    times = interleave({"peer": ase_steps, "ours": walking.check_to_check}, rounds=9)
+    times = interleave({"peer": ase_steps, "ours": walking.check_to_check})
     assert walking.dynamics.n_neighbour_searches == found, "the list was found again: this is not what is measured"
     n_steps = SETTINGS.check_every
     scale = 1e6 / (n_steps * N_WALKERS)

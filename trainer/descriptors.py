@@ -31,7 +31,7 @@ from potential.kernels import (
 )
 from potential.neighbours import find_neighbours, pair_vectors
 from potential.structures import Structures
-from trainer.loss import References, Weights, pulls
+from trainer.loss import References, Weights, errors_of, pulls
 from trainer.room import Room
 
 PART, MOST_PARTS = 16, 48  # kernels leave out so many numbers of AEVs at a time; so many parts are looked at
@@ -138,10 +138,11 @@ class Block(ABC):
     @abstractmethod
     def respond(
         self, g: Tensor, truth: References, weights: Weights, scale: Tensor, room: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return forces and virial, and the derivative by g, (M, N, L), of the sum of scale (M, B) times the loss.
+    ) -> tuple[Tensor, Tensor]:
+        """Return errors of forces and virial, (M, B, 5), and the derivative by g, (M, N, L), of the loss.
 
-        room: like g; the derivative may be written there.
+        The loss is the sum of scale, (M, B), times that of a structure. room: like g; the derivative may be written
+        there.
         """
 
 
@@ -166,8 +167,8 @@ def join(geometries: Sequence[Geometry], p: AEVParameters, room: Room | None = N
     aevs = [geometry.aev for geometry in geometries]
     aev = torch.cat(aevs, out=None if room is None else room.take((len(kinds), p.length), aevs[0]))
     order = kinds.argsort(kind="stable")
-    ends = np.searchsorted(kinds[order], np.arange(1, p.n_species) << MOST_PARTS)
-    elements = [_placed(torch.from_numpy(atoms), aev.device) for atoms in np.split(order, ends)]
+    ends = np.searchsorted(kinds[order], np.arange(p.n_species + 1) << MOST_PARTS).tolist()
+    elements = [_placed(torch.from_numpy(order[low:high]), aev.device) for low, high in pairwise(ends)]
     n_atoms = torch.tensor([len(geometry.kinds) for geometry in geometries]).to(aev.device)
     frame_of_atom = torch.repeat_interleave(n_atoms, output_size=len(aev))
     if kept:
@@ -215,9 +216,10 @@ class _Kept(Block):
 
     def respond(
         self, g: Tensor, truth: References, weights: Weights, scale: Tensor, room: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor]:
         strengths = 2 / 3 * weights.force, weights.stress / 3, weights.force_cap
-        return respond(self._jacobians, truth.forces, truth.virial, g, scale, *strengths, room)
+        _, _, v, errors = respond(self._jacobians, truth.forces, truth.virial, g, scale, *strengths, room)
+        return errors, v
 
 
 class Recomputed(Block):
@@ -245,9 +247,10 @@ class Recomputed(Block):
 
     def respond(
         self, g: Tensor, truth: References, weights: Weights, scale: Tensor, room: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor]:
         forces, virial = self.project(g)
-        return forces, virial, self.lift(*pulls(forces, virial, truth, weights, scale))
+        v = self.lift(*pulls(forces, virial, truth, weights, scale))
+        return errors_of(forces, virial, truth, weights), v
 
     def lift(self, forces: Tensor, virial: Tensor) -> Tensor:
         """Apply the transpose of `project`: (M, N, 3) and (M, B, 6) to (M, N, L)."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from trainer.checkpoint import read_checkpoint, write_checkpoint
 from trainer.config import TrainerSettings
 from trainer.folds import TEST, VALID
-from trainer.loss import COLUMNS, compare, mean_loss, summarise
+from trainer.loss import COLUMNS, compare, errors_of, mean_loss, summarise
 from trainer.metrics import Monitor
 from trainer.optimiser import Adam, Plateau
 from trainer.problem import Problem
@@ -151,7 +151,8 @@ def role_sums(problem: Problem, parameters: Tensor, role: int) -> Tensor:
         for part, block, truth in problem.blocks(problem.mine(structures), alone=True):
             energies, g, _ = problem.networks.forward(parameters[member, None], block.aev, block.elements)
             energy = energies.new_zeros(1, len(part)).index_add_(1, block.frame_of_atom, energies)
-            sums[member] += compare(energy, *block.project(g), truth, weights).sums.sum((0, 1), dtype=torch.float64)
+            errors = errors_of(*block.project(g), truth, weights)
+            sums[member] += compare(energy, errors, truth, weights).sums.sum((0, 1), dtype=torch.float64)
     return sums
 
 

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["COLUMNS", "Errors", "References", "Weights", "compare", "mean_loss", "pulls", "summarise"]
+from potential.kernels import difference, tally
+
+__all__ = ["COLUMNS", "Errors", "References", "Weights", "compare", "errors_of", "mean_loss", "pulls", "summarise"]
 
 # Sums that are kept per member; every error of a training is made from them.
 COLUMNS = ("n", "loss", "n_energy", "energy", "n_force", "force", "n_stress", "stress")
@@ -50,18 +52,16 @@ class Errors:
     sums: Tensor
 
 
-def compare(energy: Tensor, forces: Tensor, virial: Tensor, truth: References, weights: Weights) -> Errors:
-    """Compare predictions (M, B), (M, N, 3), (M, B, 6) with labels; what has no label counts as right."""
+def compare(energy: Tensor, errors: Tensor, truth: References, weights: Weights) -> Errors:
+    """Compare predicted energies (M, B) with labels; what has no label counts as right.
+
+    errors: (M, B, 5), of forces and virial, as potential.kernels.respond and `tally` have them.
+    """
     n = truth.n_atoms.to(energy.dtype)
-    off_energy, has_energy = _difference(energy, truth.energy)
-    off_forces, has_forces = _difference(forces, truth.forces)
-    off_virial, has_virial = _difference(virial, truth.virial)
-    capped = off_forces.clamp(-weights.force_cap, weights.force_cap)
-    huber = capped * (2 * off_forces - capped)
-    of_atoms = torch.stack([has_forces.sum(1).expand(len(huber), -1), huber.sum(2), off_forces.square().sum(2)])
-    n_force, huber, force = of_atoms.new_zeros(3, *energy.shape).index_add_(2, truth.frame_of_atom, of_atoms)
-    per_atom, square = off_energy / n, off_virial.square().sum(2)
-    loss = weights.energy * off_energy * per_atom + (weights.force / 3 * huber + weights.stress / 6 * square) / n
+    off_energy, has_energy = difference(energy, truth.energy)
+    n_force, huber, force, n_virial, virial = errors.unbind(2)
+    per_atom = off_energy / n
+    loss = weights.energy * off_energy * per_atom + (weights.force / 3 * huber + weights.stress / 6 * virial) / n
     columns = [
         torch.ones_like(loss),
         loss,
@@ -69,17 +69,22 @@ def compare(energy: Tensor, forces: Tensor, virial: Tensor, truth: References, w
         per_atom.square(),
         n_force,
         force,
-        has_virial.sum(1).expand_as(loss),
-        square / truth.volume.square(),
+        n_virial,
+        virial / truth.volume.square(),
     ]
     return Errors(loss=loss, by_energy=2 * weights.energy * per_atom, sums=torch.stack(columns, dim=2))
+
+
+def errors_of(forces: Tensor, virial: Tensor, truth: References, weights: Weights) -> Tensor:
+    """(M, B, 5), for `compare`, of predicted forces (M, N, 3) and virials (M, B, 6)."""
+    return tally(forces, virial, truth.forces, truth.virial, truth.frame_of_atom, weights.force_cap)
 
 
 def pulls(forces: Tensor, virial: Tensor, truth: References, weights: Weights, scale: Tensor) -> tuple[Tensor, Tensor]:
     """Derivatives of sum(scale * loss) by forces (M, N, 3) and virial (M, B, 6); scale: (M, B)."""
     scale = scale / truth.n_atoms
-    off_forces, _ = _difference(forces, truth.forces)
-    off_virial, _ = _difference(virial, truth.virial)
+    off_forces, _ = difference(forces, truth.forces)
+    off_virial, _ = difference(virial, truth.virial)
     capped = off_forces.clamp(-weights.force_cap, weights.force_cap)
     by_forces = 2 / 3 * weights.force * capped * scale[:, truth.frame_of_atom, None]
     return by_forces, weights.stress / 3 * off_virial * scale[:, :, None]
@@ -108,9 +113,3 @@ def summarise(sums: Tensor) -> dict[str, list[float | None]]:
 
 def _where(counts: Tensor, values: Tensor) -> list[float | None]:
     return [value if n else None for n, value in zip(counts.tolist(), values.tolist(), strict=True)]
-
-
-def _difference(predicted: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-    """Return prediction less label, 0 where there is no label, and where there is one, in the prediction's dtype."""
-    missing = label.isnan()
-    return (predicted - label).masked_fill_(missing, 0.0), missing.logical_not().to(predicted.dtype)

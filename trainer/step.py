@@ -77,8 +77,8 @@ class _Sums:
         energies, g, tape = self._networks.forward(self._parameters, block.aev, block.elements, self._tape, room)
         energy = energies.new_zeros(learns.shape).index_add_(1, block.frame_of_atom, energies)
         scale = learns * share[:, None]
-        forces, virial, v = block.respond(g, truth, self._weights, scale, self._room_of_v.take(g.shape, g))
-        errors = compare(energy, forces, virial, truth, self._weights)
+        of_forces, v = block.respond(g, truth, self._weights, scale, self._room_of_v.take(g.shape, g))
+        errors = compare(energy, of_forces, truth, self._weights)
         self.errors += (errors.sums * learns[:, :, None]).sum(1, dtype=torch.float64)
         by_energy = (errors.by_energy * scale)[:, block.frame_of_atom]
         self._networks.gradient(self._parameters, tape, by_energy, v, self.gradient)

@@ -18,7 +18,7 @@ import torch
 from potential.aev import AEVParameters
 from potential.kernels import reference
 from potential.kernels.kept import Blocks
-from potential.kernels.layers import Layout
+from potential.kernels.layers import Layout, difference, tally
 from potential.kernels.motion import Moving
 from potential.kernels.reference import Stack
 from potential.structures import Structures
@@ -33,6 +33,7 @@ __all__ = [
     "aev_products",
     "aev_vjp",
     "backward_layers",
+    "difference",
     "drift",
     "evaluate",
     "find_pairs",
@@ -50,6 +51,7 @@ __all__ = [
     "pair_virials",
     "respond",
     "shortest_distances",
+    "tally",
 ]
 
 Kept = torch.Tensor | Blocks  # a Jacobian
@@ -234,16 +236,18 @@ def respond(
     virial_scale: float,
     force_cap: float,
     room: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Forces (M, N, 3), virials (M, B, 6), and the derivative (M, N, L) of a loss by g, from Jacobians that were kept.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Forces (M, N, 3), virials (M, B, 6), the derivative (M, N, L) of a loss by g, and errors, from kept Jacobians.
 
     jacobians: of each of B structures of n atoms, see `keep`. known_forces: (N, 3), and known_virial: (B, 6), not a
     number where there is none. scale: (M, B). room: like g; the derivative may be written there.
 
     The loss is the sum over members and structures of scale / n times: force_scale / 2 * square of the errors of
-    forces, linear beyond the cap, and virial_scale / 2 * square of those of the virial.
+    forces, linear beyond the cap, and virial_scale / 2 * square of those of the virial. Errors, (M, B, 5): how many
+    forces are known, the sum of twice that half square, linear beyond the cap, and that of squares; how many numbers of
+    the virial are known, and the sum of their squares.
     """
-    response: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+    response: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
     response = _kernels(g).respond(
         jacobians, known_forces, known_virial, g, scale, force_scale, virial_scale, force_cap, room
     )

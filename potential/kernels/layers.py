@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Layout", "Tape", "backward_layers", "forward_layers", "respond"]
+__all__ = ["N_ERRORS", "Layout", "Tape", "backward_layers", "difference", "forward_layers", "respond", "tally"]
 
+N_ERRORS = 5  # of `respond`
 SATURATED = -40.0  # times alpha: exp(-40) is below the rounding of one; smaller values become denormal, and slow
 
 
@@ -126,7 +127,7 @@ def respond(
     virial_scale: float,
     force_cap: float,
     room: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As potential.kernels.respond; `room` is not used."""
     n_atoms = [(len(jacobian) - 6) // 3 for jacobian in jacobians]
     first = list(itertools.accumulate(n_atoms[:-1], initial=0))
@@ -146,4 +147,25 @@ def respond(
         v.index_copy_(1, atoms, torch.bmm(off, jacobian).transpose(0, 1).reshape(len(g), len(atoms), -1))
         forces.index_copy_(1, atoms, rows[..., : 3 * n].transpose(0, 1).reshape(len(g), len(atoms), 3))
         virials.index_copy_(1, here, rows[..., 3 * n :].transpose(0, 1))
-    return forces, virials, v
+    frame_of_atom = torch.repeat_interleave(torch.tensor(n_atoms)).to(g.device, non_blocking=True)
+    return forces, virials, v, tally(forces, virials, known_forces, known_virial, frame_of_atom, force_cap)
+
+
+def tally(
+    forces: Tensor, virial: Tensor, known_forces: Tensor, known_virial: Tensor, frame_of_atom: Tensor, force_cap: float
+) -> Tensor:
+    """The last of what potential.kernels.respond returns, (M, B, 5), of forces (M, N, 3) and virials (M, B, 6)."""
+    off_forces, has_forces = difference(forces, known_forces)
+    off_virial, has_virial = difference(virial, known_virial)
+    capped = off_forces.clamp(-force_cap, force_cap)
+    huber, n_forces = capped * (2 * off_forces - capped), has_forces.sum(1).expand(off_forces.shape[:2])
+    of_atoms = torch.stack([n_forces, huber.sum(2), off_forces.square().sum(2)], dim=2)
+    of_forces = of_atoms.new_zeros(*virial.shape[:2], 3).index_add_(1, frame_of_atom, of_atoms)
+    of_virial = torch.stack([has_virial.sum(1).expand(virial.shape[:2]), off_virial.square().sum(2)], dim=2)
+    return torch.cat([of_forces, of_virial], dim=2)
+
+
+def difference(predicted: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+    """Prediction less label, 0 where there is no label, and where there is one, in the prediction's dtype."""
+    missing = label.isnan()
+    return (predicted - label).masked_fill_(missing, 0.0), missing.logical_not().to(predicted.dtype)

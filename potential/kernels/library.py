@@ -104,7 +104,7 @@ class Response(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("n_members", "length", "n_atoms", "n_structures")),
         *((name, ctypes.c_void_p) for name in ("first", "jacobians", "known_forces", "known_virial", "scale")),
         *((name, ctypes.c_double) for name in ("force_scale", "virial_scale", "cap")),
-        *((name, ctypes.c_void_p) for name in ("g", "forces", "virial", "v")),
+        *((name, ctypes.c_void_p) for name in ("g", "forces", "virial", "v", "errors")),
     )
 
 

@@ -16,7 +16,7 @@ from potential.kernels import reference
 from potential.kernels.bins import FLAT_CELL, NOT_FINITE
 from potential.kernels.kept import Blocks
 from potential.kernels.kept import cut as keep
-from potential.kernels.layers import Layout
+from potential.kernels.layers import N_ERRORS, Layout
 from potential.kernels.library import (
     AevPower,
     AevShape,
@@ -427,8 +427,8 @@ def respond(
     virial_scale: float,
     force_cap: float,
     room: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Forces (M, N, 3), virials (M, B, 6), and the derivative (M, N, L) of a loss by g, from kept Jacobians."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Forces (M, N, 3), virials (M, B, 6), the derivative (M, N, L) of a loss by g, errors, from kept Jacobians."""
     n_members, n_atoms, length = g.shape
     n_structures = len(jacobians)
     counts = [(jacobian.shape[0] - 6) // 3 for jacobian in jacobians]
@@ -448,6 +448,7 @@ def respond(
     first = np.cumsum([0, *counts])
     pointers = np.array([jacobian.pointers for jacobian in jacobians], dtype=np.int64)
     forces, virial = g.new_empty(n_members, n_atoms, 3), g.new_empty(n_members, n_structures, 6)
+    errors = g.new_zeros(n_members, n_structures, N_ERRORS, dtype=torch.float64)
     job = Response(
         n_members,
         length,
@@ -461,10 +462,10 @@ def respond(
         force_scale,
         virial_scale,
         force_cap,
-        *(tensor.data_ptr() for tensor in (g, forces, virial, v)),
+        *(tensor.data_ptr() for tensor in (g, forces, virial, v, errors)),
     )
     library().smelt_respond(level(), _is_double(g), torch.get_num_threads(), ctypes.byref(job))
-    return forces, virial, v
+    return forces, virial, v, errors.to(g.dtype)
 
 
 def aev_products(

@@ -317,10 +317,15 @@ private:
         else static_cast<T*>(job.virial)[6 * m * job.n_structures + at] = predicted;
         const T known = static_cast<const T*>(force ? job.known_forces : job.known_virial)[at];
         if (known != known) return 0;
-        const T off = predicted - known, cap = T(job.cap);
+        const T off = predicted - known, cap = T(job.cap), capped = off > cap ? cap : off < -cap ? -cap : off;
         const T scale = static_cast<const T*>(job.scale)[m * job.n_structures + structure];
-        if (!force) return scale * T(job.virial_scale / double(n_atoms)) * off;
-        return scale * T(job.force_scale / double(n_atoms)) * (off > cap ? cap : off < -cap ? -cap : off);
+        double* errors = job.errors + ResponseJob::N_ERRORS * (m * job.n_structures + structure);
+        if (!force) {
+            errors[3] += 1, errors[4] += double(off * off);
+            return scale * T(job.virial_scale / double(n_atoms)) * off;
+        }
+        errors[0] += 1, errors[1] += double(capped * (2 * off - capped)), errors[2] += double(off * off);
+        return scale * T(job.force_scale / double(n_atoms)) * capped;
     }
 
     template <int M> void add(int64_t row, int64_t m, const T (&residual)[3][M]) {

@@ -36,6 +36,10 @@ struct ResponseJob {
     const void* g;                    // (n_members, n_atoms, length)
     void *forces, *virial;            // (n_members, n_atoms, 3), (n_members, n_structures, 6)
     void* v;                          // (n_members, n_atoms, length)
+    double* errors;                   // (n_members, n_structures, N_ERRORS), added to
+    // Forces that are known; of their errors, squares that go on linearly beyond the cap, and squares; the same of the
+    // virial but for the second.
+    static constexpr int N_ERRORS = 5;
 };
 
 // One member, or one structure, at a time; `workspace` is 64-byte aligned and belongs to the caller's thread.
