@@ -341,7 +341,17 @@ def _native() -> ModuleType | None:
     if module is None:
         message = f"no C++ kernels ({reason}): the plain PyTorch ones are used, several times slower"
         warnings.warn(message, RuntimeWarning, stacklevel=4)
+        _keep_memory()
     return module
+
+
+def _keep_memory() -> None:
+    """Spare the plain kernels fresh pages for their large temporaries, which take longer than the operations on them.
+
+    glibc gives blocks above a size back to the system at once, and adapts that size to what has been freed, up to
+    32 MB: so here is a block that is freed before anything touches it.
+    """
+    torch.empty(31 << 20, dtype=torch.uint8)
 
 
 @functools.cache

@@ -65,15 +65,9 @@ LOG2_E = 1 / math.log(2)
 # are denormal numbers, on which the CPU is some 50 times slower.
 LOWEST_EXPONENT = -58.0
 SHORTEST_A = 1e-6  # atoms on the same spot: finite, instead of not a number
-TRIPLES_PER_BLOCK = (
-    60_000  # a block's features stay near the processor, and its operations take longer than their calls
-)
+TRIPLES_PER_BLOCK = 60_000  # features stay near the processor, operations take longer than their calls
 PAIRS_PER_BLOCK = 12_000
 ATOMS_PER_BLOCK = 128  # of the networks, for the same reason
-
-# From glibc, blocks above a size come as fresh pages, which take longer than the operations on them. It adapts that
-# size to what has been freed, up to 32 MB; so here is one that is freed at once, before anything touches it.
-torch.empty(31 << 20, dtype=torch.uint8)
 
 Features = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
