@@ -372,7 +372,7 @@ class _Shell:
 
     def pull_back(self, gaussians: torch.Tensor, weight: torch.Tensor, p: AEVParameters) -> torch.Tensor:
         """(M, n, K): gradient of <weight_m, sums> by distance. weight: (M, n, R)."""
-        shifted = weight * _constants(p.radial_shifts, weight.dtype, weight.device)
+        shifted = weight * self._from_middle(p)
         both = torch.bmm(gaussians, torch.cat([weight, shifted]).permute(1, 2, 0))  # (n, K, 2 M)
         total, shifted = both.permute(2, 0, 1).chunk(2)
         level, slope = self._slope(p)
@@ -383,12 +383,20 @@ class _Shell:
         level, slope = self._slope(p)
         both = torch.bmm(torch.cat([stretch * level, stretch * slope]).transpose(0, 1), gaussians)  # (n, 2 M, R)
         total, shifted = both.transpose(0, 1).chunk(2)
-        return total.addcmul(shifted, _constants(p.radial_shifts, shifted.dtype, shifted.device))
+        return total.addcmul(shifted, self._from_middle(p))
 
     def _slope(self, p: AEVParameters) -> tuple[torch.Tensor, torch.Tensor]:
-        """(n, K) twice: the slope of a feature, over its Gaussian, at a shift of 0, and how it grows with the shift."""
+        """(n, K) twice: a feature's slope over its Gaussian, for the middle shift, and how it grows with the shift."""
         slope = self.fc * (2 * RADIAL_PREFACTOR * p.eta_radial)
-        return (self.dfc * RADIAL_PREFACTOR).addcmul_(slope, self.distance, value=-1), slope
+        return (self.dfc * RADIAL_PREFACTOR).addcmul_(slope, self.distance - _middle(p), value=-1), slope
+
+    def _from_middle(self, p: AEVParameters) -> torch.Tensor:
+        """(R,): shifts less the middle one, so that less is lost where a distance is taken from a shift."""
+        return _constants(p.radial_shifts, self.distance.dtype, self.distance.device) - _middle(p)
+
+
+def _middle(p: AEVParameters) -> float:
+    return (min(p.radial_shifts) + max(p.radial_shifts)) / 2
 
 
 class _Wedge:
