@@ -113,15 +113,16 @@ def main() -> None:
     peers = [Peer(committee, rows, member) for member in range(2)]
     for name, ours, bars in (("one network", single, ONE), ("committee of 8", committee, COMMITTEE)):
         recomputed, kept = Ours(ours, rows, 0.0), Ours(ours, rows, 4.0)
+        last = 1 if ours is committee else 0
+        # Before the first steps, which both would take in different numbers.
+        gradients, theirs = [each.gradient()[last].clone() for each in (recomputed, kept)], peers[last].gradient()
         times = interleave({"peer": peers[0].step, "recomputed": recomputed.step, "kept": kept.step})
         if ours is committee:  # eight trainings of one network each
             times["peer"] = type(times["peer"])(tuple(8 * t for t in times["peer"].rounds))
-        last = 1 if ours is committee else 0
-        for way in ("recomputed", "kept"):
-            gradient = {"recomputed": recomputed, "kept": kept}[way].gradient()[last]
+        for way, gradient in zip(("recomputed", "kept"), gradients, strict=True):
             work = f"training step, energy and forces, {name}, derivatives {way}"
             barred = bars if way == "kept" else None
-            agreement = deviation(gradient, peers[last].gradient(), "(gradient)")
+            agreement = deviation(gradient, theirs, "(gradient)")
             floor, amount = floor_s(machine, ours.n_members), (N_CELLS, "cells")
             table.append(ratio_row(work, times["peer"], times[way], amount, barred, floor, agreement))
     publish(table)
