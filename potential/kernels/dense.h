@@ -33,8 +33,8 @@ template <class T> struct Dense {
 
     static constexpr int whole(int n) { return (n + W - 1) / W * W; }
 
-    // out[q] = start[q] + sum_i w[q step_out + i step_in] in[i] over n_lanes lanes, added to what is there if `add`;
-    // rows of `in` and `out` are `in_row` and `out_row` apart. runs: the i to sum over, all of them if null.
+    // out[q] = start[q] + sum_i w[q step_out + i step_in] in[i] over n_lanes lanes, added to what is there if `add`.
+    // runs: the i to sum over, all of them if null.
     struct Product {
         int n_in;
         const T* w;
@@ -42,7 +42,7 @@ template <class T> struct Dense {
         const T *in, *start;
         T* out;
         bool add;
-        int n_lanes, in_row = BLOCK, out_row = BLOCK;
+        int n_lanes;
         const Runs* runs = nullptr;
     };
 
@@ -53,6 +53,21 @@ template <class T> struct Dense {
         }
         for (; o + OUTPUTS <= n_out; o += OUTPUTS) row_of_tiles<OUTPUTS, VECTORS>(p, o);
         for (; o < n_out; ++o) row_of_tiles<1, VECTORS>(p, o);
+    }
+
+    // out[q] += sum_r left[0][q, r] rows[0][r] + left[1][q, r] rows[1][r] over some inputs, which are in the lanes: `left`
+    // is (n_out, BLOCK), `rows` (n_rows, row_length), `out` (n_out, row_length).
+    struct Outer {
+        int n_rows, row_length;
+        const T *left[2], *rows[2];
+        T* out;
+    };
+
+    static void add_outer(int n_out, const Outer& p, const Run& inputs) {
+        int o = 0;
+        for (; o + TALL_OUTPUTS <= n_out; o += TALL_OUTPUTS) row_of_outers<TALL_OUTPUTS>(p, o, inputs);
+        for (; o + OUTPUTS <= n_out; o += OUTPUTS) row_of_outers<OUTPUTS>(p, o, inputs);
+        for (; o < n_out; ++o) row_of_outers<1>(p, o, inputs);
     }
 
     // The parts of rows of atoms that are not all zero in all arrays (n_rows, n_in); `runs` has room for all of them.
@@ -93,8 +108,8 @@ template <class T> struct Dense {
     // Rows of atoms (n_rows of them, at rows[r], of `width`) to lanes, zero in the other lanes of whole vectors; and back.
     static void to_lanes(int width, int n_rows, const T* const* rows, T* out) {
         const int n_lanes = whole(n_rows);
-        for (int low = 0; low < width; low += W) {    // piece by piece, so that all of it stays in the L1 cache
-            for (int first = 0; first < n_lanes; first += W) {
+        for (int first = 0; first < n_lanes; first += W) {
+            for (int low = 0; low < width; low += W) {
                 const int n = n_rows - first < W ? n_rows - first : W;
                 if (low + W <= width) {
                     V square[W];
@@ -109,8 +124,8 @@ template <class T> struct Dense {
         }
     }
     static void from_lanes(int width, int n_rows, const T* values, T scale, T* const* rows) {
-        for (int low = 0; low < width; low += W) {
-            for (int first = 0; first < n_rows; first += W) {
+        for (int first = 0; first < n_rows; first += W) {
+            for (int low = 0; low < width; low += W) {
                 const int n = n_rows - first < W ? n_rows - first : W;
                 if (low + W <= width) {
                     V square[W];
@@ -128,16 +143,16 @@ template <class T> struct Dense {
 private:
     template <int R, int C> static INLINE void tile(const Product& p, int first, int t) {
         const T* w = p.w + first * p.step_out;
-        T* out = p.out + first * p.out_row + t;
+        T* out = p.out + first * BLOCK + t;
         V sum[R][C];
         for (int q = 0; q < R; ++q)
             for (int v = 0; v < C; ++v)
-                sum[q][v] = p.add ? S::load(out + q * p.out_row + v * W) : S::all(p.start ? p.start[first + q] : T(0));
+                sum[q][v] = p.add ? S::load(out + q * BLOCK + v * W) : S::all(p.start ? p.start[first + q] : T(0));
         const Run all[] = {{0, p.n_in}};
         for (const Run& run : p.runs ? *p.runs : Runs{all, 1}) {
             for (int i = run.begin; i < run.end; ++i) {
                 V x[C];
-                for (int v = 0; v < C; ++v) x[v] = S::load(p.in + int64_t(i) * p.in_row + t + v * W);
+                for (int v = 0; v < C; ++v) x[v] = S::load(p.in + i * BLOCK + t + v * W);
                 for (int q = 0; q < R; ++q) {
                     const T factor = w[q * p.step_out + i * p.step_in];
                     for (int v = 0; v < C; ++v) sum[q][v] += x[v] * factor;
@@ -145,7 +160,33 @@ private:
             }
         }
         for (int q = 0; q < R; ++q)
-            for (int v = 0; v < C; ++v) S::store(out + q * p.out_row + v * W, sum[q][v]);
+            for (int v = 0; v < C; ++v) S::store(out + q * BLOCK + v * W, sum[q][v]);
+    }
+
+    template <int R, int C> static INLINE void outer(const Outer& p, int first, int t) {
+        T* out = p.out + int64_t(first) * p.row_length + t;
+        V sum[R][C];
+        for (int q = 0; q < R; ++q)
+            for (int v = 0; v < C; ++v) sum[q][v] = S::load(out + q * p.row_length + v * W);
+        for (int which = 0; which < 2; ++which) {
+            const T* left = p.left[which] + first * BLOCK;
+            for (int r = 0; r < p.n_rows; ++r) {
+                V x[C];
+                for (int v = 0; v < C; ++v) x[v] = S::load(p.rows[which] + r * p.row_length + t + v * W);
+                for (int q = 0; q < R; ++q) {
+                    const T factor = left[q * BLOCK + r];
+                    for (int v = 0; v < C; ++v) sum[q][v] += x[v] * factor;
+                }
+            }
+        }
+        for (int q = 0; q < R; ++q)
+            for (int v = 0; v < C; ++v) S::store(out + q * p.row_length + v * W, sum[q][v]);
+    }
+
+    template <int R> static void row_of_outers(const Outer& p, int first, const Run& inputs) {
+        int t = inputs.begin;
+        for (; t + TALL_VECTORS * W <= inputs.end; t += TALL_VECTORS * W) outer<R, TALL_VECTORS>(p, first, t);
+        for (; t < inputs.end; t += W) outer<R, 1>(p, first, t);
     }
 
     template <int R, int C> static void row_of_tiles(const Product& p, int first) {

@@ -76,7 +76,6 @@ private:
     void push(int64_t member, const T* hidden, int n_lanes, const Runs& filled);
     void last_layer(const T* weights, const T* by_energy, const T* hidden, int n_lanes);
     void bend(int n, const T* tilt, const T* pull, const T* hidden, T* bias_sum, int n_lanes);
-    void collect(int layer, const Run& inputs, int n_rows, const T* pull, T* sum);
     void store(int64_t member);
 };
 
@@ -162,8 +161,10 @@ template <class T> void Layers<T>::gradient_block(int64_t member, int64_t first)
             if (k) D::from_lanes(n_in, n_rows, (values ? hidden : tangent) - n_in * BLOCK, 1, row);
             for (int r = 0; !k && r < n_rows; ++r) memcpy(row[r], values ? aev[r] : by_g[r], sizeof(T) * length);
         }
+        // Atoms are what is summed over.
+        const typename D::Outer outer{n_rows, row_length, {z_back, pull}, {rows, tangent_rows}, sum};
         const Run all[] = {{0, n_in}};
-        for (const Run& run : k ? Runs{all, 1} : filled) collect(k, run, n_rows, pull, sum);
+        for (const Run& run : k ? Runs{all, 1} : filled) D::add_outer(n_out, outer, run);
         if (k) D::multiply(n_in, {n_out, weight(k, member), 1, n_in, z_back, nullptr, back, false, n_lanes});
     }
 }
@@ -177,8 +178,10 @@ template <class T> void Layers<T>::push(int64_t member, const T* hidden, int n_l
         typename D::Product p{width(k), weight(k, member), width(k), 1, in, nullptr, tilt, false, n_lanes};
         if (k == 0) p.runs = &filled;
         D::multiply(n, p);
-        memcpy(out, tilt, sizeof(T) * n * BLOCK);
-        D::apply_slope(n, alpha, hidden, out, n_lanes);
+        for (int j = 0; j < n * BLOCK; j += BLOCK) {
+            for (int i = j; i < j + n_lanes; i += W)
+                S::store(out + i, S::load(tilt + i) * D::slope(S::load(hidden + i), alpha));
+        }
         in = out, out += n * BLOCK, tilt += n * BLOCK, hidden += n * BLOCK;
     }
 }
@@ -215,14 +218,6 @@ void Layers<T>::bend(int n, const T* tilt, const T* pull, const T* hidden, T* bi
         }
         bias_sum[j] += S::sum(total);
     }
-}
-
-// Add z_back h^T + pull t^T to the sums of a layer's weights: atoms are what is summed over, inputs are in the lanes.
-template <class T> void Layers<T>::collect(int layer, const Run& inputs, int n_rows, const T* pull, T* sum) {
-    const int n_out = width(layer + 1), step = D::whole(width(layer)), at = inputs.begin;
-    const int n_lanes = D::whole(inputs.end - at);
-    D::multiply(n_out, {n_rows, z_back, BLOCK, 1, rows + at, nullptr, sum + at, true, n_lanes, step, step});
-    D::multiply(n_out, {n_rows, pull, BLOCK, 1, tangent_rows + at, nullptr, sum + at, true, n_lanes, step, step});
 }
 
 template <class T> void Layers<T>::store(int64_t member) {
