@@ -21,10 +21,11 @@ __all__ = ["Networks", "Tape"]
 
 @dataclass(frozen=True)
 class Tape:
-    """What the gradient pass needs: the input, and per element its atoms and what the kernels kept."""
+    """What the gradient pass needs: the input, the atoms of each element, and what the kernels kept."""
 
     aev: Tensor
-    elements: list[tuple[Tensor, object]]
+    elements: Sequence[Tensor]
+    kept: object
 
 
 class Networks:
@@ -37,10 +38,10 @@ class Networks:
     def __init__(self, shapes: Sequence[Sequence[tuple[int, int]]]) -> None:
         sizes = [out * (width + 1) for layers in shapes for out, width in layers]
         offsets = iter([0, *itertools.accumulate(sizes)])
-        self._layouts = [
+        self._layouts = tuple(
             Layout((layers[0][1], *(out for out, _ in layers)), tuple(next(offsets) for _ in layers))
             for layers in shapes
-        ]
+        )
         self.n_parameters = sum(sizes)
 
     @classmethod
@@ -89,31 +90,26 @@ class Networks:
         self,
         flat: Tensor,
         aev: Tensor,
-        atoms_of_element: Sequence[Tensor],
+        elements: Sequence[Tensor],
         former: Tape | None = None,
-        g: Tensor | None = None,
+        room: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tape]:
         """Return atomic energies (M, n_atoms), g = dE/dAEV (M, n_atoms, L), and what `gradient` needs.
 
-        aev: (n_atoms, L). atoms_of_element: of each element, (n,). former: of an earlier call, whose memory may be
-        used again. g: where to write it.
+        aev: (n_atoms, L). elements: of each, its atoms, (n,). former: of an earlier call, whose memory may be used
+        again. room: like g, which may be written there.
         """
-        shape = (len(flat), *aev.shape)
-        energies = aev.new_empty(shape[:2])
-        g = aev.new_empty(shape) if g is None else g
-        kept = [None] * len(self._layouts) if former is None else [kept for _, kept in former.elements]
-        elements = []
-        for atoms, layout, mine in zip(atoms_of_element, self._layouts, kept, strict=True):
-            elements.append((atoms, forward_layers(flat, layout, CELU_ALPHA, aev, atoms, energies, g, mine)))
-        return energies, g, Tape(aev, elements)
+        kept = None if former is None else former.kept
+        energies, g, kept = forward_layers(flat, self._layouts, CELU_ALPHA, aev, elements, kept, room)
+        return energies, g, Tape(aev, elements, kept)
 
     def gradient(self, flat: Tensor, tape: Tape, by_energy: Tensor, by_g: Tensor, into: Tensor) -> None:
         """Add to `into`, shaped like `flat`, the gradient of sum(by_energy * energies) + sum(by_g * g).
 
         by_energy: (M, n_atoms). by_g: (M, n_atoms, L).
         """
-        for layout, (atoms, kept) in zip(self._layouts, tape.elements, strict=True):
-            backward_layers(flat, layout, CELU_ALPHA, kept, tape.aev, atoms, by_energy, by_g, into)
+        kept, aev, elements = tape.kept, tape.aev, tape.elements
+        backward_layers(flat, self._layouts, CELU_ALPHA, kept, aev, elements, by_energy, by_g, into)
 
 
 def _stacks(committee: Committee) -> list[list[tuple[Tensor, Tensor]]]:

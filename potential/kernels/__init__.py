@@ -183,41 +183,41 @@ def evaluate(
 
 def forward_layers(
     flat: torch.Tensor,
-    layout: Layout,
+    layouts: Sequence[Layout],
     celu_alpha: float,
     aev: torch.Tensor,
-    atoms: torch.Tensor,
-    energies: torch.Tensor,
-    g: torch.Tensor,
+    elements: Sequence[torch.Tensor],
     former: object = None,
-) -> object:
-    """Write the energies of `atoms` and g = dE/dAEV into energies (M, N) and g (M, N, L).
+    room: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, object]:
+    """Energies (M, N), g = dE/dAEV (M, N, L), and what the way back needs.
 
-    flat: (M, P), parameters of all networks. layout: where those of an element are. aev: (N, L). atoms: (n,), those of
-    that element. Where parts of the AEVs are zero g may be, too: nothing moves them; with atoms in a row whose AEVs are
-    zero in the same places more is left out. Returns what the way back needs. former: what an earlier call returned and
-    is needed no more; its memory may be used again.
+    flat: (M, P), parameters of all networks. layouts: where those of each element are. aev: (N, L). elements: of each,
+    its atoms, (n,). Where parts of the AEVs are zero g may be, too: nothing moves them; with atoms in a row whose AEVs
+    are zero in the same places more is left out. former: what an earlier call returned as the last and is needed no
+    more; its memory may be used again. room: like g, which may be written there.
     """
-    tape: object = _kernels(flat).forward_layers(flat, layout, celu_alpha, aev, atoms, energies, g, former)
-    return tape
+    results: tuple[torch.Tensor, torch.Tensor, object]
+    results = _kernels(flat).forward_layers(flat, layouts, celu_alpha, aev, elements, former, room)
+    return results
 
 
 def backward_layers(
     flat: torch.Tensor,
-    layout: Layout,
+    layouts: Sequence[Layout],
     celu_alpha: float,
     tape: object,
     aev: torch.Tensor,
-    atoms: torch.Tensor,
+    elements: Sequence[torch.Tensor],
     by_energy: torch.Tensor,
     by_g: torch.Tensor,
     into: torch.Tensor,
 ) -> None:
-    """Add to `into`, (M, P), the gradient of sum(by_energy * energies) + sum(by_g * g) over `atoms`.
+    """Add to `into`, (M, P), the gradient of sum(by_energy * energies) + sum(by_g * g).
 
     by_energy: (M, N). by_g: (M, N, L). The other arguments are those of forward_layers, and what it returned.
     """
-    _kernels(flat).backward_layers(flat, layout, celu_alpha, tape, aev, atoms, by_energy, by_g, into)
+    _kernels(flat).backward_layers(flat, layouts, celu_alpha, tape, aev, elements, by_energy, by_g, into)
 
 
 def keep(jacobian: torch.Tensor) -> Kept:

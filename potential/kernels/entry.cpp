@@ -56,18 +56,18 @@ EXPORT int smelt_networks(int level, int is_double, int n_threads, const Network
     return 1;
 }
 
-// How many numbers of a tape belong to a member.
+// How many numbers the tape has.
 EXPORT int64_t smelt_tape(int level, int is_double, const LayersJob* job) {
     return TRAINING[level][is_double].tape_numbers(*job);
 }
 
-// Forward pass of the networks of one element, or (backward) the gradient of a loss on its results. Members are shared
-// out over threads. Returns 0, or 1 when there is no memory.
+// Forward pass of the networks, or (backward) the gradient of a loss on its results. Members and elements are shared out
+// over threads. Returns 0, or 1 when there is no memory.
 EXPORT int smelt_layers(int backward, int level, int is_double, int n_threads, const LayersJob* job) try {
     const TrainingKernel& kernel = TRAINING[level][is_double];
     const auto pass = backward ? kernel.gradient : kernel.forward;
-    run(job->n_members, n_threads, kernel.workspace_bytes(*job),
-        [&](int64_t member, void* workspace) { pass(*job, member, workspace); });
+    run(job->n_members * job->n_elements, n_threads, kernel.workspace_bytes(*job),
+        [&](int64_t turn, void* workspace) { pass(*job, turn, workspace); });
     return 0;
 } catch (const std::bad_alloc&) {
     return 1;

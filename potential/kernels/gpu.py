@@ -9,7 +9,7 @@ import functools
 import itertools
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -315,19 +315,21 @@ def networks(
 
 def forward_layers(
     flat: torch.Tensor,
-    layout: Layout,
+    layouts: Sequence[Layout],
     celu_alpha: float,
     aev: torch.Tensor,
-    atoms: torch.Tensor,
-    energies: torch.Tensor,
-    g: torch.Tensor,
+    elements: Sequence[torch.Tensor],
     former: object = None,
-) -> object:
+    room: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, object]:
     """As potential.kernels.forward_layers; nothing is kept for the way back, where float32 is computed again."""
     if not _has_programs(flat.itemsize):
-        return layers.forward_layers(flat, layout, celu_alpha, aev, atoms, energies, g)
-    _run_networks(flat, layout, celu_alpha, aev, atoms, energies, g)
-    return None
+        return layers.forward_layers(flat, layouts, celu_alpha, aev, elements, None, room)
+    energies = aev.new_empty(len(flat), len(aev))
+    g = aev.new_empty(len(flat), *aev.shape) if room is None else room
+    for layout, atoms in zip(layouts, elements, strict=True):
+        _run_networks(flat, layout, celu_alpha, aev, atoms, energies, g)
+    return energies, g, None
 
 
 def _run_networks(
@@ -375,19 +377,34 @@ def _layers(layout: Layout, celu_alpha: float, rows: int) -> dict[str, Any]:
 
 def backward_layers(
     flat: torch.Tensor,
+    layouts: Sequence[Layout],
+    celu_alpha: float,
+    tape: Sequence[layers.Tape] | None,
+    aev: torch.Tensor,
+    elements: Sequence[torch.Tensor],
+    by_energy: torch.Tensor,
+    by_g: torch.Tensor,
+    into: torch.Tensor,
+) -> None:
+    """As potential.kernels.backward_layers."""
+    if tape is not None:
+        layers.backward_layers(flat, layouts, celu_alpha, tape, aev, elements, by_energy, by_g, into)
+        return
+    for layout, atoms in zip(layouts, elements, strict=True):
+        _add_gradient(flat, layout, celu_alpha, aev, atoms, by_energy, by_g, into)
+
+
+def _add_gradient(
+    flat: torch.Tensor,
     layout: Layout,
     celu_alpha: float,
-    tape: object,
     aev: torch.Tensor,
     atoms: torch.Tensor,
     by_energy: torch.Tensor,
     by_g: torch.Tensor,
     into: torch.Tensor,
 ) -> None:
-    """As potential.kernels.backward_layers."""
-    if isinstance(tape, layers.Tape):
-        layers.backward_layers(flat, layout, celu_alpha, tape, aev, atoms, by_energy, by_g, into)
-        return
+    """Of the networks of one element."""
     n_members, widths = len(flat), layout.widths
     # Sums over atoms are cut: products of few tall matrices would leave most of a GPU idle.
     unit = math.lcm(8 * CUTS, LAYER_ROWS)

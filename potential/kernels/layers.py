@@ -41,7 +41,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Tape:
-    """What the way back needs of a forward pass; lists run over hidden layers."""
+    """What the way back needs of an element's forward pass; lists run over hidden layers."""
 
     inputs: list[Tensor]  # of each layer, the last being the linear output; (n, L) or (M, n, width)
     slopes: list[Tensor]  # CELU'(z), (M, n, width)
@@ -50,62 +50,78 @@ class Tape:
 
 def forward_layers(
     flat: Tensor,
-    layout: Layout,
+    layouts: Sequence[Layout],
     celu_alpha: float,
     aev: Tensor,
-    atoms: Tensor,
-    energies: Tensor,
-    g: Tensor,
+    elements: Sequence[Tensor],
     former: object = None,
-) -> Tape:
-    """As potential.kernels.forward_layers."""
-    layers = layout.layers(flat)
-    inputs, slopes = [aev.index_select(0, atoms)], []
-    hidden = inputs[0].expand(len(flat), -1, -1)
-    for weight, bias in layers[:-1]:
-        z = torch.baddbmm(bias[:, None], hidden, weight.mT)
-        slope = z.clamp(SATURATED * celu_alpha, 0.0).div_(celu_alpha).exp_()
-        hidden = z.clamp_(min=0.0).add_(slope, alpha=celu_alpha).sub_(celu_alpha)
-        inputs.append(hidden)
-        slopes.append(slope)
-    weight, bias = layers[-1]
-    energies[:, atoms] = torch.baddbmm(bias[:, None], hidden, weight.mT).squeeze(2)
-    pulls = [weight * slopes[-1]]
-    for (weight, _), slope in zip(reversed(layers[1:-1]), reversed(slopes[:-1]), strict=True):
-        pulls.insert(0, torch.bmm(pulls[0], weight).mul_(slope))
-    g[:, atoms] = torch.bmm(pulls[0], layers[0][0])
-    return Tape(inputs, slopes, pulls)
+    room: Tensor | None = None,
+) -> tuple[Tensor, Tensor, list[Tape]]:
+    """As potential.kernels.forward_layers; no memory is used again but `room`."""
+    energies = aev.new_empty(len(flat), len(aev))
+    g = aev.new_empty(len(flat), *aev.shape) if room is None else room
+    tape = []
+    for layout, atoms in zip(layouts, elements, strict=True):
+        layers = layout.layers(flat)
+        inputs, slopes = [aev.index_select(0, atoms)], []
+        hidden = inputs[0].expand(len(flat), -1, -1)
+        for weight, bias in layers[:-1]:
+            z = torch.baddbmm(bias[:, None], hidden, weight.mT)
+            slope = z.clamp(SATURATED * celu_alpha, 0.0).div_(celu_alpha).exp_()
+            hidden = z.clamp_(min=0.0).add_(slope, alpha=celu_alpha).sub_(celu_alpha)
+            inputs.append(hidden)
+            slopes.append(slope)
+        weight, bias = layers[-1]
+        energies[:, atoms] = torch.baddbmm(bias[:, None], hidden, weight.mT).squeeze(2)
+        pulls = [weight * slopes[-1]]
+        for (weight, _), slope in zip(reversed(layers[1:-1]), reversed(slopes[:-1]), strict=True):
+            pulls.insert(0, torch.bmm(pulls[0], weight).mul_(slope))
+        g[:, atoms] = torch.bmm(pulls[0], layers[0][0])
+        tape.append(Tape(inputs, slopes, pulls))
+    return energies, g, tape
 
 
 def backward_layers(
     flat: Tensor,
-    layout: Layout,
+    layouts: Sequence[Layout],
     celu_alpha: float,
-    tape: Tape,
+    tape: Sequence[Tape],
     aev: Tensor,
-    atoms: Tensor,
+    elements: Sequence[Tensor],
     by_energy: Tensor,
     by_g: Tensor,
     into: Tensor,
 ) -> None:
     """As potential.kernels.backward_layers."""
-    layers, slots = layout.layers(flat), layout.layers(into)
-    c = by_energy.index_select(1, atoms)
-    tangents, tilts = [by_g.index_select(1, atoms)], []  # along by_g: changes of each layer's input, of each z
+    for layout, passed, atoms in zip(layouts, tape, elements, strict=True):
+        by = by_energy.index_select(1, atoms), by_g.index_select(1, atoms)
+        _backward(layout.layers(flat), celu_alpha, passed, *by, layout.layers(into))
+
+
+def _backward(
+    layers: Sequence[tuple[Tensor, Tensor]],
+    celu_alpha: float,
+    tape: Tape,
+    by_energy: Tensor,
+    by_g: Tensor,
+    into: Sequence[tuple[Tensor, Tensor]],
+) -> None:
+    """Of one element, whose atoms' cotangents are (M, n) and (M, n, L)."""
+    tangents, tilts = [by_g], []  # along by_g: changes of each layer's input, of each z
     for (weight, _), slope in zip(layers[:-1], tape.slopes, strict=True):
         tilts.append(torch.bmm(tangents[-1], weight.mT))
         tangents.append(tilts[-1] * slope)
-    (weight, _), (weight_slot, bias_slot) = layers[-1], slots[-1]
-    weight_slot.add_(torch.bmm(c[:, None], tape.inputs[-1])).add_(tangents[-1].sum(1, keepdim=True))
-    bias_slot.add_(c.sum(1, keepdim=True))
-    back = c[:, :, None] * weight
+    (weight, _), (weight_slot, bias_slot) = layers[-1], into[-1]
+    weight_slot.add_(torch.bmm(by_energy[:, None], tape.inputs[-1])).add_(tangents[-1].sum(1, keepdim=True))
+    bias_slot.add_(by_energy.sum(1, keepdim=True))
+    back = by_energy[:, :, None] * weight
     for i in reversed(range(len(layers) - 1)):
         slope, pull = tape.slopes[i], tape.pulls[i]
         # CELU'' is slope / alpha where z < 0, which is where slope < 1, and 0 elsewhere.
         bend = tilts[i].mul_(pull).mul_(slope < 1).div_(celu_alpha)
         z_back = bend.add_(back.mul_(slope))
-        hidden = tape.inputs[i] if i else tape.inputs[0].expand(len(flat), -1, -1)
-        weight_slot, bias_slot = slots[i]
+        hidden = tape.inputs[i] if i else tape.inputs[0].expand(len(z_back), -1, -1)
+        weight_slot, bias_slot = into[i]
         weight_slot.baddbmm_(z_back.mT, hidden).baddbmm_(pull.mT, tangents[i])
         bias_slot.add_(z_back.sum(1))
         if i:

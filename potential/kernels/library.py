@@ -20,6 +20,7 @@ __all__ = [
     "AevShape",
     "Evaluate",
     "Layers",
+    "LayersShape",
     "Motion",
     "Networks",
     "Response",
@@ -83,16 +84,36 @@ class Evaluate(ctypes.Structure):
     )
 
 
+class LayersShape(ctypes.Structure):
+    """LayersShape of training.h."""
+
+    _fields_ = (
+        ("n_layers", ctypes.c_int64),
+        *((name, ctypes.POINTER(ctypes.c_int64)) for name in ("widths", "offsets")),
+    )
+
+
 class Layers(ctypes.Structure):
     """LayersJob of training.h."""
 
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("n_members", "n_layers", "n_rows", "n_atoms", "step")),
-        *((name, ctypes.POINTER(ctypes.c_int64)) for name in ("widths", "offsets")),
+        *((name, ctypes.c_int64) for name in ("n_members", "n_elements", "n_atoms", "step")),
+        ("shapes", ctypes.POINTER(LayersShape)),
         ("celu_alpha", ctypes.c_double),
         *(
             (name, ctypes.c_void_p)
-            for name in ("parameters", "atoms", "aev", "energies", "g", "tape", "by_energy", "by_g", "gradient")
+            for name in (
+                "parameters",
+                "atoms",
+                "first",
+                "aev",
+                "energies",
+                "g",
+                "tape",
+                "by_energy",
+                "by_g",
+                "gradient",
+            )
         ),
     )
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from potential.aev import AEVParameters
 from potential.kernels import reference
@@ -22,6 +23,7 @@ from potential.kernels.library import (
     AevShape,
     Evaluate,
     Layers,
+    LayersShape,
     Motion,
     Networks,
     Response,
@@ -63,9 +65,10 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Tape:
-    """What the way back through layers needs. atoms: (n,), in the order of the kernels' blocks."""
+    """What the way back through layers needs. Those of element e are atoms[first[e]] .. atoms[first[e + 1]]."""
 
     atoms: torch.Tensor
+    first: NDArray[np.int64]
     numbers: torch.Tensor
 
 
@@ -341,57 +344,63 @@ def _networks(stack: Stack, length: int, dtype: torch.dtype, celu_alpha: float) 
 
 def forward_layers(
     flat: torch.Tensor,
-    layout: Layout,
+    layouts: Sequence[Layout],
     celu_alpha: float,
     aev: torch.Tensor,
-    atoms: torch.Tensor,
-    energies: torch.Tensor,
-    g: torch.Tensor,
+    elements: Sequence[torch.Tensor],
     former: Tape | None = None,
-) -> Tape:
-    """Write the energies of `atoms` and g = dE/dAEV, and return what the way back needs.
-
-    former: what an earlier call returned and is needed no more; its memory is used again.
-    """
-    _check("energies", energies, (flat.shape[0], aev.shape[0]))
-    _check("g", g, (flat.shape[0], *aev.shape))
-    atoms = atoms.long().contiguous()
-    job = _layers(flat, layout, celu_alpha, aev, atoms, energies, g)
+    room: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, Tape]:
+    """As potential.kernels.forward_layers."""
+    energies = aev.new_empty(flat.shape[0], aev.shape[0])
+    g = aev.new_empty(flat.shape[0], *aev.shape) if room is None else room
+    _check("room", g, (flat.shape[0], *aev.shape))
+    if len(elements) != len(layouts):
+        raise ValueError(f"atoms of {len(elements)} elements: must be of {len(layouts)}, which have networks")
+    atoms = torch.cat(tuple(elements)).long()
+    first = np.cumsum([0, *(len(each) for each in elements)])
+    job = _layers(flat, layouts, celu_alpha, aev, atoms, first, g)
     job.energies, job.g = energies.data_ptr(), g.data_ptr()
-    n_numbers = flat.shape[0] * library().smelt_tape(level(), _is_double(flat), ctypes.byref(job))
+    n_numbers = library().smelt_tape(level(), _is_double(flat), ctypes.byref(job))
     if former is not None and former.numbers.dtype == flat.dtype and len(former.numbers) >= n_numbers:
         numbers = former.numbers
     else:
         numbers = flat.new_empty(n_numbers)
     job.tape = numbers.data_ptr()
     _run_layers(False, flat, job)
-    return Tape(atoms, numbers)
+    return energies, g, Tape(atoms, first, numbers)
 
 
 def backward_layers(
     flat: torch.Tensor,
-    layout: Layout,
+    layouts: Sequence[Layout],
     celu_alpha: float,
     tape: Tape,
     aev: torch.Tensor,
-    atoms: torch.Tensor,
+    elements: Sequence[torch.Tensor],
     by_energy: torch.Tensor,
     by_g: torch.Tensor,
     into: torch.Tensor,
 ) -> None:
-    """Add to `into` the gradient of sum(by_energy * energies) + sum(by_g * g) over `atoms`, those of the tape."""
+    """As potential.kernels.backward_layers; `elements` are on the tape."""
     by_energy, by_g = by_energy.contiguous(), by_g.contiguous()
     _check("by_energy", by_energy, (flat.shape[0], aev.shape[0]))
     _check("by_g", by_g, (flat.shape[0], *aev.shape))
     _check("into", into, tuple(flat.shape))
-    job = _layers(flat, layout, celu_alpha, aev, tape.atoms, by_energy, by_g, into)
+    job = _layers(flat, layouts, celu_alpha, aev, tape.atoms, tape.first, by_energy, by_g, into)
     job.tape, job.by_energy, job.by_g = tape.numbers.data_ptr(), by_energy.data_ptr(), by_g.data_ptr()
     job.gradient = into.data_ptr()
     _run_layers(True, flat, job)
 
 
 def _layers(
-    flat: torch.Tensor, layout: Layout, celu_alpha: float, aev: torch.Tensor, atoms: torch.Tensor, *others: torch.Tensor
+    flat: torch.Tensor,
+    layouts: Sequence[Layout],
+    celu_alpha: float,
+    aev: torch.Tensor,
+    atoms: torch.Tensor,
+    first: NDArray[np.int64],
+    *others: torch.Tensor,
 ) -> Layers:
     if not all(tensor.dtype == flat.dtype and tensor.is_contiguous() for tensor in (flat, aev, *others)):
         raise ValueError(
@@ -399,22 +408,30 @@ def _layers(
         )
     return Layers(
         flat.shape[0],
-        len(layout.offsets),
-        atoms.shape[0],
+        len(layouts),
         aev.shape[0],
         flat.shape[1],
-        (ctypes.c_int64 * len(layout.widths))(*layout.widths),
-        (ctypes.c_int64 * len(layout.offsets))(*layout.offsets),
+        _layers_shapes(tuple(layouts)),
         celu_alpha,
         flat.data_ptr(),
         atoms.data_ptr(),
+        first.ctypes.data,
         aev.data_ptr(),
     )
 
 
+@functools.lru_cache(maxsize=64)
+def _layers_shapes(layouts: tuple[Layout, ...]) -> ctypes.Array[LayersShape]:
+    def integers(values: Sequence[int]) -> ctypes.Array[ctypes.c_int64]:
+        return (ctypes.c_int64 * len(values))(*values)
+
+    shapes = (LayersShape(len(each.offsets), integers(each.widths), integers(each.offsets)) for each in layouts)
+    return (LayersShape * len(layouts))(*shapes)
+
+
 def _run_layers(backward: bool, flat: torch.Tensor, job: Layers) -> None:
     if library().smelt_layers(backward, level(), _is_double(flat), torch.get_num_threads(), ctypes.byref(job)):
-        raise MemoryError(f"no memory for the networks of {job.n_rows} atoms, {job.n_members} members")
+        raise MemoryError(f"no memory for the networks of {job.n_atoms} atoms, {job.n_members} members")
 
 
 def respond(

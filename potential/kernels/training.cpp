@@ -1,4 +1,4 @@
-// How do a loss on energies and forces and its gradient pass through the networks of one member, on one instruction set?
+// How do a loss on energies and forces and its gradient pass through the networks, on one instruction set?
 // And through a Jacobian that was kept, from dE/dAEV to forces and back?
 //
 // The loss depends on energies E and on g = dE/dAEV. Its gradient by the parameters is that of c E + <v, g>, c and v being
@@ -11,6 +11,20 @@
 
 namespace {
 
+// How many numbers of the tape belong to one member's networks of an element: h and dE/dz of its hidden layers.
+int64_t tape_numbers(const LayersJob& job, int64_t element) {
+    const LayersShape& shape = job.shapes[element];
+    int64_t all_hidden = 0;
+    for (int64_t k = 1; k < shape.n_layers; ++k) all_hidden += shape.widths[k];
+    return 2 * all_hidden * BLOCK * ((job.first[element + 1] - job.first[element] + BLOCK - 1) / BLOCK);
+}
+
+int64_t tape_numbers(const LayersJob& job) {
+    int64_t numbers = 0;
+    for (int64_t e = 0; e < job.n_elements; ++e) numbers += job.n_members * tape_numbers(job, e);
+    return numbers;
+}
+
 template <class T> class Layers {
     using D = Dense<T>;
     using S = Simd<T>;
@@ -18,6 +32,9 @@ template <class T> class Layers {
     static constexpr int W = S::W;
 
     const LayersJob& job;
+    const int64_t member, element;
+    const LayersShape& shape;
+    const int64_t *atoms, n_atoms;                    // of the element
     const int n_hidden, length;
     const T alpha;
     int widest = 0, all_hidden = 0;
@@ -30,8 +47,10 @@ template <class T> class Layers {
 public:
     size_t used = 0;
 
-    Layers(const LayersJob& job, void* workspace)
-        : job(job), n_hidden(int(job.n_layers) - 1), length(int(job.widths[0])), alpha(T(job.celu_alpha)) {
+    Layers(const LayersJob& job, int64_t member, int64_t element, void* workspace)
+        : job(job), member(member), element(element), shape(job.shapes[element]), atoms(job.atoms + job.first[element]),
+          n_atoms(job.first[element + 1] - job.first[element]), n_hidden(int(shape.n_layers) - 1),
+          length(int(shape.widths[0])), alpha(T(job.celu_alpha)) {
         for (int k = 0; k <= n_hidden; ++k) {
             widest = width(k) > widest ? width(k) : widest;
             if (k) all_hidden += width(k);
@@ -48,66 +67,69 @@ public:
         room = reinterpret_cast<Run*>(static_cast<char*>(workspace) + used), used += sizeof(Run) * D::most_runs(length);
     }
 
-    int64_t tape_numbers() const { return 2 * int64_t(all_hidden) * BLOCK * ((job.n_rows + BLOCK - 1) / BLOCK); }
-
-    void forward(int64_t member);
-    void gradient(int64_t member);
+    void forward();
+    void gradient();
 
 private:
-    int width(int layer) const { return int(job.widths[layer]); }
-    const T* weight(int layer, int64_t member) const {
-        return static_cast<const T*>(job.parameters) + member * job.step + job.offsets[layer];
+    int width(int layer) const { return int(shape.widths[layer]); }
+    const T* weight(int layer) const {
+        return static_cast<const T*>(job.parameters) + member * job.step + shape.offsets[layer];
     }
-    const T* bias(int layer, int64_t member) const {
-        return weight(layer, member) + int64_t(width(layer)) * width(layer + 1);
+    const T* bias(int layer) const { return weight(layer) + int64_t(width(layer)) * width(layer + 1); }
+    T* tape(int64_t first) const {
+        int64_t before = first / BLOCK * 2 * all_hidden * BLOCK;
+        for (int64_t e = 0; e < element; ++e) before += job.n_members * tape_numbers(job, e);
+        return static_cast<T*>(job.tape) + before + member * tape_numbers(job, element);
     }
-    T* tape(int64_t member, int64_t first) const {
-        return static_cast<T*>(job.tape) + member * tape_numbers() + first / BLOCK * 2 * all_hidden * BLOCK;
-    }
-    // Rows of an array (n_members, n_atoms, per_atom) that belong to the atoms of a block.
-    template <class U> int block_rows(U* array, int64_t member, int64_t first, int64_t per_atom, U** out) const {
-        const int n_rows = int(job.n_rows - first < BLOCK ? job.n_rows - first : BLOCK);
-        for (int r = 0; r < n_rows; ++r) out[r] = array + (member * job.n_atoms + job.atoms[first + r]) * per_atom;
+    // Rows of an array (n_atoms, per_atom) that belong to the atoms of a block.
+    template <class U> int block_rows(U* array, int64_t first, int64_t per_atom, U** out) const {
+        const int n_rows = int(n_atoms - first < BLOCK ? n_atoms - first : BLOCK);
+        for (int r = 0; r < n_rows; ++r) out[r] = array + atoms[first + r] * per_atom;
         return n_rows;
     }
+    // What is this member's of an array (n_members, n_atoms, per_atom).
+    T* own(void* array, int64_t per_atom) const { return static_cast<T*>(array) + member * job.n_atoms * per_atom; }
+    const T* own(const void* array, int64_t per_atom) const {
+        return static_cast<const T*>(array) + member * job.n_atoms * per_atom;
+    }
 
-    void forward_block(int64_t member, int64_t first);
-    void gradient_block(int64_t member, int64_t first);
-    void push(int64_t member, const T* hidden, int n_lanes, const Runs& filled);
+    void forward_block(int64_t first);
+    void gradient_block(int64_t first);
+    void push(const T* hidden, int n_lanes, const Runs& filled);
     void last_layer(const T* weights, const T* by_energy, const T* hidden, int n_lanes);
     void bend(int n, const T* tilt, const T* pull, const T* hidden, T* bias_sum, int n_lanes);
-    void store(int64_t member);
+    void store();
 };
 
-template <class T> void Layers<T>::forward(int64_t member) {
-    for (int64_t first = 0; first < job.n_rows; first += BLOCK) forward_block(member, first);
+template <class T> void Layers<T>::forward() {
+    for (int64_t first = 0; first < n_atoms; first += BLOCK) forward_block(first);
 }
 
-template <class T> void Layers<T>::forward_block(int64_t member, int64_t first) {
+template <class T> void Layers<T>::forward_block(int64_t first) {
     const T* from[BLOCK];
     T* to[BLOCK];
-    const int n_rows = block_rows(static_cast<const T*>(job.aev), 0, first, length, from), n_lanes = D::whole(n_rows);
+    const int n_rows = block_rows(static_cast<const T*>(job.aev), first, length, from), n_lanes = D::whole(n_rows);
     D::to_lanes(length, n_rows, from, input);
-    T *out = tape(member, first), *pull = out + 2 * all_hidden * BLOCK;
+    T *out = tape(first), *pull = out + 2 * all_hidden * BLOCK;
     const Runs filled = D::filled(length, n_rows, {from}, room);
     const T* in = input;
     for (int k = 0; k < n_hidden; ++k) {
-        typename D::Product p{width(k), weight(k, member), width(k), 1, in, bias(k, member), out, false, n_lanes};
+        typename D::Product p{width(k), weight(k), width(k), 1, in, bias(k), out, false, n_lanes};
         if (k == 0) p.runs = &filled;
         D::multiply(width(k + 1), p);
         D::activate(width(k + 1), alpha, out, n_lanes);
         in = out, out += width(k + 1) * BLOCK;
     }
-    const T* last = weight(n_hidden, member);
-    D::multiply(1, {width(n_hidden), last, width(n_hidden), 1, in, bias(n_hidden, member), back, false, n_lanes});
-    T* energies = static_cast<T*>(job.energies) + member * job.n_atoms;
-    for (int r = 0; r < n_rows; ++r) energies[job.atoms[first + r]] = back[r];
+    const T* last = weight(n_hidden);
+    D::multiply(1, {width(n_hidden), last, width(n_hidden), 1, in, bias(n_hidden), back, false, n_lanes});
+    T* energies = own(job.energies, 1);
+    for (int r = 0; r < n_rows; ++r) energies[atoms[first + r]] = back[r];
 
     const T* above = nullptr;
     for (int k = n_hidden; k >= 1; --k) {
         pull -= width(k) * BLOCK, out -= width(k) * BLOCK;
         if (above) {
-            D::multiply(width(k), {width(k + 1), weight(k, member), 1, width(k), above, nullptr, pull, false, n_lanes});
+            D::multiply(width(k), {width(k + 1), weight(k), 1, width(k), above, nullptr, pull, false, n_lanes});
         } else {
             for (int j = 0; j < width(k); ++j)
                 for (int t = 0; t < n_lanes; t += W) S::store(pull + j * BLOCK + t, S::all(last[j]));
@@ -116,32 +138,32 @@ template <class T> void Layers<T>::forward_block(int64_t member, int64_t first) 
         above = pull;
     }
     for (const Run& run : filled) {                   // what is zero stays zero: no atom of the block moves it
-        D::multiply(run.end - run.begin, {width(1), weight(0, member) + run.begin, 1, length, above, nullptr,
+        D::multiply(run.end - run.begin, {width(1), weight(0) + run.begin, 1, length, above, nullptr,
                                           input + run.begin * BLOCK, false, n_lanes});
     }
-    block_rows(static_cast<T*>(job.g), member, first, length, to);
+    block_rows(own(job.g, length), first, length, to);
     D::from_lanes(length, n_rows, input, 1, to);
 }
 
-template <class T> void Layers<T>::gradient(int64_t member) {
+template <class T> void Layers<T>::gradient() {
     memset(sums, 0, sizeof(T) * numbers);
     memset(bias_sums, 0, sizeof(T) * (all_hidden + 1));
-    for (int64_t first = 0; first < job.n_rows; first += BLOCK) gradient_block(member, first);
-    store(member);
+    for (int64_t first = 0; first < n_atoms; first += BLOCK) gradient_block(first);
+    store();
 }
 
-template <class T> void Layers<T>::gradient_block(int64_t member, int64_t first) {
+template <class T> void Layers<T>::gradient_block(int64_t first) {
     const T *aev[BLOCK], *by_g[BLOCK], *by_energy[BLOCK];
-    const int n_rows = block_rows(static_cast<const T*>(job.aev), 0, first, length, aev), n_lanes = D::whole(n_rows);
-    block_rows(static_cast<const T*>(job.by_g), member, first, length, by_g);
-    block_rows(static_cast<const T*>(job.by_energy), member, first, 1, by_energy);
+    const int n_rows = block_rows(static_cast<const T*>(job.aev), first, length, aev), n_lanes = D::whole(n_rows);
+    block_rows(own(job.by_g, length), first, length, by_g);
+    block_rows(own(job.by_energy, 1), first, 1, by_energy);
     T weights[BLOCK];
     D::to_lanes(1, n_rows, by_energy, weights);
     D::to_lanes(length, n_rows, by_g, tangents);
     const Runs filled = D::filled(length, n_rows, {aev, by_g}, room);
-    const T *hidden = tape(member, first), *pull = hidden + 2 * all_hidden * BLOCK;
-    push(member, hidden, n_lanes, filled);
-    last_layer(weight(n_hidden, member), weights, hidden, n_lanes);
+    const T *hidden = tape(first), *pull = hidden + 2 * all_hidden * BLOCK;
+    push(hidden, n_lanes, filled);
+    last_layer(weight(n_hidden), weights, hidden, n_lanes);
 
     hidden += all_hidden * BLOCK;
     const T *tilt = tilts + all_hidden * BLOCK, *tangent = tangents + (length + all_hidden) * BLOCK;
@@ -165,17 +187,17 @@ template <class T> void Layers<T>::gradient_block(int64_t member, int64_t first)
         const typename D::Outer outer{n_rows, row_length, {z_back, pull}, {rows, tangent_rows}, sum};
         const Run all[] = {{0, n_in}};
         for (const Run& run : k ? Runs{all, 1} : filled) D::add_outer(n_out, outer, run);
-        if (k) D::multiply(n_in, {n_out, weight(k, member), 1, n_in, z_back, nullptr, back, false, n_lanes});
+        if (k) D::multiply(n_in, {n_out, weight(k), 1, n_in, z_back, nullptr, back, false, n_lanes});
     }
 }
 
 // Tangents of all layers, and tilts = dz along the tangent.
-template <class T> void Layers<T>::push(int64_t member, const T* hidden, int n_lanes, const Runs& filled) {
+template <class T> void Layers<T>::push(const T* hidden, int n_lanes, const Runs& filled) {
     const T* in = tangents;
     T *out = tangents + length * BLOCK, *tilt = tilts;
     for (int k = 0; k < n_hidden; ++k) {
         const int n = width(k + 1);
-        typename D::Product p{width(k), weight(k, member), width(k), 1, in, nullptr, tilt, false, n_lanes};
+        typename D::Product p{width(k), weight(k), width(k), 1, in, nullptr, tilt, false, n_lanes};
         if (k == 0) p.runs = &filled;
         D::multiply(n, p);
         for (int j = 0; j < n * BLOCK; j += BLOCK) {
@@ -220,10 +242,10 @@ void Layers<T>::bend(int n, const T* tilt, const T* pull, const T* hidden, T* bi
     }
 }
 
-template <class T> void Layers<T>::store(int64_t member) {
+template <class T> void Layers<T>::store() {
     const T *sum = sums, *bias_sum = bias_sums;
     for (int k = 0; k <= n_hidden; ++k) {
-        T* out = static_cast<T*>(job.gradient) + member * job.step + job.offsets[k];
+        T* out = static_cast<T*>(job.gradient) + member * job.step + shape.offsets[k];
         for (int o = 0; o < width(k + 1); ++o, sum += D::whole(width(k)))
             for (int i = 0; i < width(k); ++i) *out++ += sum[i];
         for (int o = 0; o < width(k + 1); ++o) *out++ += *bias_sum++;
@@ -343,18 +365,24 @@ private:
     }
 };
 
-template <class T> int64_t tape_numbers(const LayersJob& job) { return Layers<T>(job, nullptr).tape_numbers(); }
-template <class T> size_t workspace_bytes(const LayersJob& job) { return Layers<T>(job, nullptr).used; }
-template <class T> void forward(const LayersJob& job, int64_t member, void* workspace) {
-    Layers<T>(job, workspace).forward(member);
+template <class T> size_t workspace_bytes(const LayersJob& job) {
+    size_t most = 0;
+    for (int64_t e = 0; e < job.n_elements; ++e) {
+        const size_t used = Layers<T>(job, 0, e, nullptr).used;
+        most = used > most ? used : most;
+    }
+    return most;
 }
-template <class T> void gradient(const LayersJob& job, int64_t member, void* workspace) {
-    Layers<T>(job, workspace).gradient(member);
+template <class T> void forward(const LayersJob& job, int64_t turn, void* workspace) {
+    Layers<T>(job, turn / job.n_elements, turn % job.n_elements, workspace).forward();
+}
+template <class T> void gradient(const LayersJob& job, int64_t turn, void* workspace) {
+    Layers<T>(job, turn / job.n_elements, turn % job.n_elements, workspace).gradient();
 }
 template <class T> void respond(const ResponseJob& job, int64_t structure) { Response<T>(job, structure).run(); }
 
 template <class T> constexpr TrainingKernel kernel() {
-    return {tape_numbers<T>, workspace_bytes<T>, forward<T>, gradient<T>, respond<T>};
+    return {tape_numbers, workspace_bytes<T>, forward<T>, gradient<T>, respond<T>};
 }
 
 }  // namespace

@@ -3,16 +3,22 @@
 #include <cstddef>
 #include <cstdint>
 
-// Networks of one element for all members, in parameters (n_members, step), and some atoms of that element.
+// The networks of one element: (n_layers + 1,) widths, and where each of the weights (out, in) begins, before its bias.
+struct LayersShape {
+    int64_t n_layers;
+    const int64_t *widths, *offsets;
+};
+
+// Networks of all elements and members, in parameters (n_members, step), and some atoms.
 struct LayersJob {
-    int64_t n_members, n_layers, n_rows, n_atoms, step;
-    const int64_t *widths, *offsets;  // (n_layers + 1,); (n_layers,), where each weight (out, in) begins, before its bias
+    int64_t n_members, n_elements, n_atoms, step;
+    const LayersShape* shapes;        // (n_elements,)
     double celu_alpha;
     const void* parameters;
-    const int64_t* atoms;             // (n_rows,)
+    const int64_t *atoms, *first;     // those of element e are atoms[first[e]] .. atoms[first[e + 1]]
     const void* aev;                  // (n_atoms, length)
     void *energies, *g;               // (n_members, n_atoms) and dE/dAEV (n_members, n_atoms, length)
-    void* tape;                       // (n_members, tape_numbers): what the gradient needs of the forward pass
+    void* tape;                       // (tape_numbers,): what the gradient needs of the forward pass
     const void *by_energy, *by_g;     // cotangents of energies and g
     void* gradient;                   // shaped like the parameters; added to
 };
@@ -42,11 +48,12 @@ struct ResponseJob {
     static constexpr int N_ERRORS = 5;
 };
 
-// One member, or one structure, at a time; `workspace` is 64-byte aligned and belongs to the caller's thread.
+// One element of one member, turn = member * n_elements + element, or one structure at a time; `workspace` is 64-byte
+// aligned and belongs to the caller's thread.
 struct TrainingKernel {
     int64_t (*tape_numbers)(const LayersJob&);
     size_t (*workspace_bytes)(const LayersJob&);
-    void (*forward)(const LayersJob&, int64_t member, void* workspace);
-    void (*gradient)(const LayersJob&, int64_t member, void* workspace);
+    void (*forward)(const LayersJob&, int64_t turn, void* workspace);
+    void (*gradient)(const LayersJob&, int64_t turn, void* workspace);
     void (*respond)(const ResponseJob&, int64_t structure);
 };

@@ -61,10 +61,9 @@ def main() -> None:
     gpu.aev_vjp(vec, row, pair.species, vec.new_zeros(3, 2, p.length), p)
     gpu.aev_jvp(vec, row, pair.species, vec.expand(3, -1, -1), p)
     flat, layout = torch.zeros(2, (p.length + 1) * 16 + 17), Layout((p.length, 16, 1), (0, (p.length + 1) * 16))
-    aev, g = torch.zeros(2, p.length), torch.zeros(2, 2, p.length)
-    energies = torch.zeros(2, 2)
-    tape = gpu.forward_layers(flat, layout, 0.1, aev, other, energies, g)
-    gpu.backward_layers(flat, layout, 0.1, tape, aev, other, energies, g, torch.zeros_like(flat))
+    aev = torch.zeros(2, p.length)
+    energies, g, tape = gpu.forward_layers(flat, [layout], 0.1, aev, [other])
+    gpu.backward_layers(flat, [layout], 0.1, tape, aev, [other], energies, g, torch.zeros_like(flat))
 
 
 if __name__ == "__main__":

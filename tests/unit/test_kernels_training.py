@@ -43,12 +43,11 @@ def pass_through_layers(kernels, dtype, device="cpu", holes=slice(0)) -> tuple[T
     by_g = torch.randn(N_MEMBERS, N_ATOMS, LENGTH, generator=random, dtype=torch.float64).to(dtype)
     aev[HOLEY, holes], by_g[:, HOLEY, holes] = 0, 0
     flat, aev, by_energy, by_g = (each.to(device) for each in (flat, aev, by_energy, by_g))
-    energies, g, gradient = torch.empty_like(by_energy), torch.empty_like(by_g), torch.zeros_like(flat)
-    for number, layout in enumerate(LAYOUTS):
-        atoms = torch.nonzero(element == number).squeeze(1)
-        atoms = atoms[HOLEY[atoms].int().argsort()].to(device)
-        tape = kernels.forward_layers(flat, layout, CELU_ALPHA, aev, atoms, energies, g)
-        kernels.backward_layers(flat, layout, CELU_ALPHA, tape, aev, atoms, by_energy, by_g, gradient)
+    order = HOLEY.int().argsort(stable=True)
+    elements = [order[element[order] == number].to(device) for number in range(len(LAYOUTS))]
+    energies, g, tape = kernels.forward_layers(flat, LAYOUTS, CELU_ALPHA, aev, elements)
+    gradient = torch.zeros_like(flat)
+    kernels.backward_layers(flat, LAYOUTS, CELU_ALPHA, tape, aev, elements, by_energy, by_g, gradient)
     return energies, g, gradient
 
 
@@ -72,9 +71,10 @@ def test_memory_of_a_former_pass_is_used_again_and_leaves_no_trace(simd):
     by_energy, by_g = torch.rand(N_MEMBERS, N_ATOMS), torch.rand(N_MEMBERS, N_ATOMS, LENGTH)
 
     def through(atoms: Tensor, former: native.Tape | None) -> tuple[native.Tape, Tensor]:
-        energies, g, gradient = torch.empty_like(by_energy), torch.empty_like(by_g), torch.zeros_like(flat)
-        tape = native.forward_layers(flat, LAYOUTS[0], CELU_ALPHA, aev, atoms, energies, g, former)
-        native.backward_layers(flat, LAYOUTS[0], CELU_ALPHA, tape, aev, atoms, by_energy, by_g, gradient)
+        elements, room, gradient = atoms.split([50, len(atoms) - 50]), torch.empty_like(by_g), torch.zeros_like(flat)
+        _, g, tape = native.forward_layers(flat, LAYOUTS, CELU_ALPHA, aev, elements, former, room)
+        assert g is room
+        native.backward_layers(flat, LAYOUTS, CELU_ALPHA, tape, aev, elements, by_energy, by_g, gradient)
         return tape, gradient
 
     former, _ = through(torch.arange(N_ATOMS), None)
@@ -146,29 +146,28 @@ def test_the_derivative_is_that_of_the_loss():
         )
 
 
-def test_an_element_without_atoms_changes_nothing():
-    flat, aev = torch.ones(N_MEMBERS, N_PARAMETERS), torch.ones(3, LENGTH)
-    none, energies, g = (
-        torch.empty(0, dtype=torch.int64),
-        torch.full((N_MEMBERS, 3), 7.0),
-        torch.zeros(N_MEMBERS, 3, LENGTH),
-    )
-    gradient = torch.full_like(flat, 7.0)
-    tape = native.forward_layers(flat, LAYOUTS[0], CELU_ALPHA, aev, none, energies, g)
-    native.backward_layers(flat, LAYOUTS[0], CELU_ALPHA, tape, aev, none, energies, g, gradient)
-    assert (energies == 7).all()
-    assert (gradient == 7).all()
+@pytest.mark.parametrize("kernels", [native, reference])
+def test_an_element_without_atoms_changes_nothing(kernels):
+    flat, aev, none = torch.ones(N_MEMBERS, N_PARAMETERS), torch.rand(3, LENGTH), torch.empty(0, dtype=torch.int64)
+    elements, gradient = [torch.arange(3), none], torch.full_like(flat, 7.0)
+    energies, g, tape = kernels.forward_layers(flat, LAYOUTS, CELU_ALPHA, aev, elements)
+    kernels.backward_layers(flat, LAYOUTS, CELU_ALPHA, tape, aev, elements, energies, g, gradient)
+    assert torch.equal(energies, kernels.forward_layers(flat, LAYOUTS[:1], CELU_ALPHA, aev, elements[:1])[0])
+    of_second = LAYOUTS[1].offsets[0]
+    assert (gradient[:, :of_second] != 7).any()
+    assert (gradient[:, of_second:] == 7).all()
 
 
 @pytest.mark.parametrize("kernels", [native, reference])
 def test_saturated_networks_meet_no_denormal_numbers(kernels):
     layout = Layout((3, 4, 4, 1), (0, 16, 36))
     flat, aev, atoms = torch.full((1, 41), -50.0), torch.ones(2, 3), torch.arange(2)
-    energies, g = torch.empty(1, 2), torch.empty(1, 2, 3)
-    tape = kernels.forward_layers(flat, layout, CELU_ALPHA, aev, atoms, energies, g)
+    energies, g, tape = kernels.forward_layers(flat, [layout], CELU_ALPHA, aev, [atoms])
     # The native tape has blocks of 64 atoms in the lanes; nothing is written to those that have no atom.
     kept = (
-        tape.numbers.view(-1, 64)[:, :2] if kernels is native else torch.cat([slope.flatten() for slope in tape.slopes])
+        tape.numbers.view(-1, 64)[:, :2]
+        if kernels is native
+        else torch.cat([slope.flatten() for slope in tape[0].slopes])
     )
     tiny = torch.finfo(torch.float32).tiny
     assert torch.isfinite(energies).all()
@@ -177,12 +176,13 @@ def test_saturated_networks_meet_no_denormal_numbers(kernels):
 
 
 def test_what_does_not_fit_is_refused():
-    flat, aev, atoms = torch.ones(2, N_PARAMETERS), torch.ones(3, LENGTH), torch.arange(3)
-    energies, g = torch.empty(2, 3), torch.empty(2, 3, LENGTH)
-    with pytest.raises(ValueError, match=r"energies is \(2, 4\) on cpu: must be \(2, 3\)"):
-        native.forward_layers(flat, LAYOUTS[0], CELU_ALPHA, aev, atoms, torch.empty(2, 4), g)
+    flat, aev, elements = torch.ones(2, N_PARAMETERS), torch.ones(3, LENGTH), [torch.arange(2), torch.arange(2, 3)]
+    with pytest.raises(ValueError, match=rf"room is \(2, 4, {LENGTH}\) on cpu: must be \(2, 3, {LENGTH}\)"):
+        native.forward_layers(flat, LAYOUTS, CELU_ALPHA, aev, elements, room=torch.empty(2, 4, LENGTH))
     with pytest.raises(ValueError, match=r"contiguous and torch.float32, as the parameters are"):
-        native.forward_layers(flat, LAYOUTS[0], CELU_ALPHA, aev.double(), atoms, energies, g)
+        native.forward_layers(flat, LAYOUTS, CELU_ALPHA, aev.double(), elements)
+    with pytest.raises(ValueError, match=r"atoms of 1 elements: must be of 2, which have networks"):
+        native.forward_layers(flat, LAYOUTS, CELU_ALPHA, aev, elements[:1])
     short = torch.ones(9, LENGTH - 1), torch.ones(1, 3), torch.ones(1, 6), torch.ones(2, 1, LENGTH), torch.ones(2, 1)
     with pytest.raises(ValueError, match=rf"jacobian is \(9, {LENGTH - 1}\): must be \(9, {LENGTH}\)"):
         native.respond([native.keep(short[0])], *short[1:], 1.0, 1.0, 1.0)
