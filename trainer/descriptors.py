@@ -32,11 +32,21 @@ from potential.kernels import (
 from potential.neighbours import find_neighbours, pair_vectors
 from potential.structures import Structures
 from trainer.loss import References, Weights, errors_of, pulls
-from trainer.room import Room
 
 PART, MOST_PARTS = 16, 48  # kernels leave out so many numbers of AEVs at a time; so many parts are looked at
 
-__all__ = ["Block", "Geometry", "Pairs", "Recomputed", "describe", "jacobian_numbers", "join", "with_jacobian"]
+__all__ = [
+    "Block",
+    "Geometry",
+    "KeptBlock",
+    "Pairs",
+    "Recomputed",
+    "describe",
+    "jacobian_numbers",
+    "join",
+    "of_kinds",
+    "with_jacobian",
+]
 
 
 @dataclass(frozen=True)
@@ -160,22 +170,26 @@ class Pairs:
     reverse: Tensor | None = None
 
 
-def join(geometries: Sequence[Geometry], p: AEVParameters, room: Room | None = None) -> Block:
-    """Join structures that all keep their Jacobian, or none does. room: of their AEVs."""
-    kept = [geometry.jacobian for geometry in geometries if geometry.jacobian is not None]
+def join(geometries: Sequence[Geometry], p: AEVParameters) -> Block:
+    """Join structures that all keep their Jacobian, or none does."""
+    aev = torch.cat([geometry.aev for geometry in geometries])
     kinds = np.concatenate([geometry.kinds for geometry in geometries])
-    aevs = [geometry.aev for geometry in geometries]
-    aev = torch.cat(aevs, out=None if room is None else room.take((len(kinds), p.length), aevs[0]))
-    order = kinds.argsort(kind="stable")
-    ends = np.searchsorted(kinds[order], np.arange(p.n_species + 1) << MOST_PARTS).tolist()
-    elements = [_placed(torch.from_numpy(order[low:high]), aev.device) for low, high in pairwise(ends)]
+    elements = [_placed(atoms, aev.device) for atoms in of_kinds(kinds, p.n_species)]
     n_atoms = torch.tensor([len(geometry.kinds) for geometry in geometries]).to(aev.device)
     frame_of_atom = torch.repeat_interleave(n_atoms, output_size=len(aev))
+    kept = [geometry.jacobian for geometry in geometries if geometry.jacobian is not None]
     if kept:
-        return _Kept(elements, aev, n_atoms, frame_of_atom, kept)
+        return KeptBlock(elements, aev, n_atoms, frame_of_atom, kept)
     pairs = _join_pairs(geometries)
     species = torch.cat([geometry.species for geometry in geometries])
     return Recomputed(elements, _placed(species, aev.device), aev, n_atoms, frame_of_atom, pairs, p)
+
+
+def of_kinds(kinds: NDArray[np.int64], n_elements: int) -> list[Tensor]:
+    """The atoms of each element, (n,), of atoms (N,) of these kinds: those of one kind in a row, see Geometry."""
+    order = kinds.argsort(kind="stable")
+    ends = kinds[order].searchsorted(np.arange(1, n_elements) << MOST_PARTS)
+    return list(torch.from_numpy(order).tensor_split(torch.from_numpy(ends)))
 
 
 def _placed(values: Tensor, device: torch.device) -> Tensor:
@@ -194,7 +208,7 @@ def _join_pairs(geometries: Sequence[Geometry]) -> Pairs:
     return Pairs(vec, torch.nn.functional.pad(per_atom.cumsum(0), (1, 0)), other)
 
 
-class _Kept(Block):
+class KeptBlock(Block):
     """In one pass over the Jacobians, which are too large to stay in a cache."""
 
     def __init__(

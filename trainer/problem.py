@@ -6,7 +6,6 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
 from itertools import zip_longest
 
 import numpy as np
@@ -16,11 +15,11 @@ from torch import Tensor
 
 from potential.aev import AEVParameters
 from potential.structures import Structures
-from shards.reader import Batch
 from trainer.batches import Windows
 from trainer.config import TrainerSettings
 from trainer.dataset import Dataset
-from trainer.descriptors import Block, Geometry, describe, jacobian_numbers, join, with_jacobian
+from trainer.descriptors import Block, describe, jacobian_numbers
+from trainer.examples import Example, join_examples, make_examples
 from trainer.folds import TRAIN, assign_blocks, member_roles
 from trainer.loss import References
 from trainer.memory import Plan, make_plan
@@ -28,9 +27,8 @@ from trainer.networks import Networks
 from trainer.prefetch import Prefetcher
 from trainer.recorded import Recorded, Step
 from trainer.resident import Resident, Size
-from trainer.room import Room
 
-__all__ = ["Example", "Problem", "make_examples", "references"]
+__all__ = ["Problem"]
 
 log = logging.getLogger(__name__)
 # The kernels cut atoms into blocks of their own. Against 512, molecules step 1.2 times as fast, 108-atom cells 1.08.
@@ -39,43 +37,6 @@ ATOMS_PER_BLOCK_GPU, ATOMS_PER_BLOCK_GPU_ALONE = 32_768, 131_072  # the latter o
 BLOCKS_AHEAD = 4
 N_SAMPLED, N_DERIVED, MOST_DERIVED = 64, 4, 128  # structures whose sizes are measured; atoms of the last
 OBJECTS_BYTES = 5100  # of the Python objects of one Example, measured
-
-
-@dataclass(frozen=True)
-class Example:
-    """One structure with its label: energy less self energies, eV; virial = volume * stress, eV; NaN where unknown."""
-
-    geometry: Geometry
-    energy: float
-    forces: Tensor  # (n, 3), eV/A
-    virial: Tensor  # (6,), xx yy zz yz xz xy
-    volume: float  # A^3
-
-    def with_jacobian(self, p: AEVParameters) -> Example:
-        known = bool(self.virial.isfinite().any())
-        return replace(self, geometry=with_jacobian(self.geometry, p, virial_known=known))
-
-
-def make_examples(batch: Batch, energy: NDArray[np.float64], geometries: Sequence[Geometry]) -> list[Example]:
-    """energy: (B,), eV, less the self energies."""
-    volume = np.abs(np.linalg.det(batch.cell))
-    virial = volume[:, None] * batch.stress[:, [0, 1, 2, 1, 0, 0], [0, 1, 2, 2, 2, 1]]
-    virial[~batch.pbc.all(axis=1)] = np.nan  # the cell has no volume that the stress could refer to
-    device, dtype = geometries[0].aev.device, geometries[0].aev.dtype
-    forces = torch.from_numpy(batch.forces).to(device, dtype).split(np.diff(batch.offset).tolist())
-    virials = torch.from_numpy(virial).to(device, dtype).unbind()
-    return [Example(*row) for row in zip(geometries, energy.tolist(), forces, virials, volume.tolist(), strict=True)]
-
-
-def references(examples: Sequence[Example], block: Block) -> References:
-    return References(
-        energy=block.aev.new_tensor([example.energy for example in examples]),
-        forces=torch.cat([example.forces for example in examples]),
-        virial=torch.stack([example.virial for example in examples]),
-        volume=block.aev.new_tensor([example.volume or 1.0 for example in examples]),
-        n_atoms=block.n_atoms,
-        frame_of_atom=block.frame_of_atom,
-    )
 
 
 class Problem:
@@ -113,8 +74,6 @@ class Problem:
         own = self.windows.owned(rank, n_ranks)
         self._is_mine[own] = True
         self._coming = Prefetcher(self._block, BLOCKS_AHEAD)
-        self._kept: dict[int, Example] | None = None
-        self._room = Room()
         self._resident: Resident | None = None
         self.plan = self._plan(own, allowed_GB)
         if self.plan.descriptors:
@@ -132,8 +91,8 @@ class Problem:
         return 1 / self.learns.index_select(1, which).sum(1).clamp(min=1).to(dtype)
 
     def record(self, step: Step) -> Recorded | None:
-        """The step as a recording, where structures are settled on a GPU and a block holds those of a step."""
-        if self._resident is None:
+        """The step as a recording, where structures are kept on a GPU and a block holds those of a step."""
+        if self._resident is None or not self._resident.on_gpu:
             return None
         counts = self._resident.counts[self._resident.places(np.arange(len(self.dataset)))]
         n_atoms, n_pairs, first, *others = self.windows.most(counts * self._is_mine[:, None]).tolist()
@@ -170,11 +129,7 @@ class Problem:
     def _block(self, part: NDArray[np.int64]) -> tuple[Tensor, Block, References]:
         if self._resident is not None:
             return self._resident.block(part)
-        examples = self._examples(part) if self._kept is None else [self._kept[i] for i in part.tolist()]
-        # Blocks of kept structures are used one after the other; those that are read ahead exist together.
-        room = None if self._kept is None else self._room
-        joined = join([example.geometry for example in examples], self._p, room)
-        return torch.from_numpy(part), joined, references(examples, joined)
+        return torch.from_numpy(part), *join_examples(self._examples(part), self._p)
 
     def _examples(self, part: NDArray[np.int64]) -> list[Example]:
         batch = self.dataset.gather(part)
@@ -215,25 +170,10 @@ class Problem:
         return sum(each.nbytes for each in kept if each is not None) / n_numbers
 
     def _keep(self, own: NDArray[np.int64]) -> None:
-        start, kept = time.perf_counter(), {}
-        for part in self._cut(own):
-            for i, example in zip(part.tolist(), self._examples(part), strict=True):
-                kept[i] = example.with_jacobian(self._p) if self.plan.derivatives else example
-        if self.device.type == "cpu" or not kept:
-            self._kept = kept
-        else:
-            self._resident = _settle(kept, self._p)
+        start = time.perf_counter()
+        examples = ((part, self._examples(part)) for part in self._cut(own))
+        if self.plan.derivatives:
+            examples = ((part, [each.with_jacobian(self._p) for each in found]) for part, found in examples)
+        if len(own):
+            self._resident = Resident(examples, int(self.dataset.n_atoms[own].sum()), self._p)
         log.info("described %d structures in %.1f s", len(own), time.perf_counter() - start)
-
-
-def _settle(kept: dict[int, Example], p: AEVParameters) -> Resident:
-    examples = kept.values()
-    return Resident(
-        np.fromiter(kept, dtype=np.int64),
-        [example.geometry for example in examples],
-        [example.forces for example in examples],
-        [example.virial for example in examples],
-        [example.energy for example in examples],
-        [example.volume or 1.0 for example in examples],
-        p,
-    )

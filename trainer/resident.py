@@ -1,12 +1,12 @@
-"""How do structures that stay on a GPU become the block of a step?
+"""How do structures that stay in memory become the block of a step?
 
-What all of them have of one kind is one tensor, from which a block is gathered there: to join hundreds of small tensors
-would take the host longer than the step takes the GPU.
+What all of them have of one kind is one tensor, from which a block is gathered: to join hundreds of small tensors would
+take the host a tenth of a step on a CPU, and longer than the whole of it on a GPU.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,9 +15,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from potential.aev import AEVParameters
-from potential.kernels import find_reverse
-from trainer.descriptors import Block, Geometry, Pairs, Recomputed
+from potential.kernels import Kept, find_reverse, implementation
+from trainer.descriptors import Block, Geometry, KeptBlock, Pairs, Recomputed, of_kinds
+from trainer.examples import Example
 from trainer.loss import References
+from trainer.room import Room
 
 __all__ = ["Resident", "Size"]
 
@@ -32,51 +34,77 @@ class Size:
 
 
 class Resident:
-    """Structures with their labels, on one device. One more, of a single atom without any label, fills up blocks.
+    """Structures with their labels, on one device: all of them with their Jacobians, or all with their pairs. One more,
+    of a single atom without any label, fills up blocks.
 
-    structures: (n,), their numbers, in the order of the others. forces: (n, 3) of each, eV/A. virial: (6,) of each, eV.
-    energy: eV, less self energies. volume: A^3. counts: (n + 1, 2 + n_elements), atoms, pairs, and atoms of each
-    element, on the host.
+    parts: numbers of structures, each with as many examples. n_atoms: of all. counts: (n + 1, 2 + n_elements), atoms,
+    pairs, and atoms of each element, on the host. on_gpu: whether blocks are made, and used, as a GPU wants it.
     """
 
     def __init__(
-        self,
-        structures: NDArray[np.int64],
-        geometries: Sequence[Geometry],
-        forces: Sequence[Tensor],
-        virial: Sequence[Tensor],
-        energy: Sequence[float],
-        volume: Sequence[float],
-        p: AEVParameters,
+        self, parts: Iterable[tuple[NDArray[np.int64], Sequence[Example]]], n_atoms: int, p: AEVParameters
     ) -> None:
         self._p = p
-        self._place = {structure: place for place, structure in enumerate(structures.tolist())}
-        one_atom = [1, 0, 1, *[0] * (p.n_species - 1)]
-        self.counts = np.array([*(_counts(geometry, p.n_species) for geometry in geometries), one_atom])
-        unknown, device = forces[0].new_full((9,), torch.nan), forces[0].device
-        self._species = _joined([geometry.species.to(device) for geometry in geometries], 0)
-        self._aev = _joined([geometry.aev for geometry in geometries], 0)
-        self._forces = torch.cat([*forces, unknown[None, :3]])
-        self._virial = torch.stack([*virial, unknown[3:]])
+        self._room = Room()
+        self._place: dict[int, int] = {}
+        self._kinds = np.zeros(n_atoms + 1, dtype=np.int64)
+        self._jacobians: list[Kept] = []
+        pairs: dict[str, list[Tensor]] = {"vec": [], "other": [], "centre": []}
+        counts, virial, energy, volume, end = [], [], [], [], 0
+        for structures, examples in parts:
+            geometries = [example.geometry for example in examples]
+            aev = torch.cat([geometry.aev for geometry in geometries])
+            if not end:
+                self._aev, self._forces = (
+                    aev.new_zeros(n_atoms + 1, p.length),
+                    aev.new_full((n_atoms + 1, 3), torch.nan),
+                )
+                self._species = aev.new_zeros(n_atoms + 1, dtype=torch.int64)
+            begin, end = end, end + len(aev)
+            self._aev[begin:end] = aev
+            self._forces[begin:end] = torch.cat([example.forces for example in examples])
+            self._species[begin:end] = torch.cat([geometry.species for geometry in geometries])
+            self._kinds[begin:end] = np.concatenate([geometry.kinds for geometry in geometries])
+            for name, values in pairs.items():
+                values.append(torch.cat([getattr(geometry, name) for geometry in geometries]))
+            self._jacobians += [geometry.jacobian for geometry in geometries if geometry.jacobian is not None]
+            counts += [_counts(geometry, p.n_species) for geometry in geometries]
+            virial += [example.virial for example in examples]
+            energy += [example.energy for example in examples]
+            volume += [example.volume or 1.0 for example in examples]
+            self._place.update(zip(structures.tolist(), range(len(self._place), len(counts)), strict=True))
+        self.on_gpu = self._aev.device.type != "cpu" or implementation(self._aev) == "gpu"
+        self.counts = np.array([*counts, [1, 0, 1, *[0] * (p.n_species - 1)]])
+        unknown = self._forces.new_full((6,), torch.nan)
+        self._virial = torch.stack([*virial, unknown])
         self._energy, self._volume = unknown.new_tensor([*energy, torch.nan]), unknown.new_tensor([*volume, 1.0])
-        self._atoms_of, self._pairs_of = torch.from_numpy(self.counts.T[:2].copy()).to(device)
+        self._atoms_of, self._pairs_of = torch.from_numpy(self.counts.T[:2].copy()).to(unknown.device)
         self._first_atom, self._first_pair = (each.cumsum(0) - each for each in (self._atoms_of, self._pairs_of))
+        if not self._jacobians:
+            self._list(pairs)
+
+    def _list(self, pairs: dict[str, list[Tensor]]) -> None:
+        """Take what there is of all pairs, one kind after the other: their memory is no more than needed."""
         of_pair = torch.repeat_interleave(self._pairs_of, output_size=int(self.counts[:, 1].sum()))
         before = self._first_atom.index_select(0, of_pair)
-        centre = torch.cat([geometry.centre for geometry in geometries]) + before
-        self._count = torch.bincount(centre, minlength=len(self._aev))
-        vec, other = (torch.cat([getattr(geometry, name) for geometry in geometries]) for name in ("vec", "other"))
-        reverse = find_reverse(vec, torch.nn.functional.pad(self._count.cumsum(0), (1, 0)), other + before)
-        # Atoms and pairs are counted within a structure.
-        reverse -= self._first_pair.index_select(0, of_pair)
-        self._vec, self._other, self._reverse = (_joined([each], 0) for each in (vec, other, reverse))
+        self._count = torch.bincount(torch.cat(pairs.pop("centre")) + before, minlength=len(self._aev))
+        self._vec, self._other = _joined(pairs.pop("vec")), _joined(pairs.pop("other"))
+        self._reverse: Tensor | None = None
+        if self.on_gpu:
+            row = torch.nn.functional.pad(self._count.cumsum(0), (1, 0))
+            # Atoms and pairs are counted within a structure.
+            reverse = find_reverse(self._vec[:-1], row, self._other[:-1] + before)
+            self._reverse = _joined([reverse - self._first_pair.index_select(0, of_pair)])
 
     def places(self, structures: NDArray[np.int64]) -> NDArray[np.int64]:
         """Where the structures of these numbers are among those here; others are taken for the one without labels."""
         return np.array([self._place.get(i, len(self._place)) for i in structures.tolist()], dtype=np.int64)
 
     def block(self, structures: NDArray[np.int64]) -> tuple[Tensor, Block, References]:
-        """Some structures: their numbers, these joined, and their labels. Nothing waits for the device."""
+        """Some structures: their numbers, these joined, and their labels. Nothing waits for the device.
+
+        A block is good until the next one is asked for.
+        """
         places = self.places(structures)
         n_atoms, n_pairs, *n_of_element = self.counts[places].sum(0).tolist()
         which = torch.from_numpy(places).to(self._aev.device, non_blocking=True)
@@ -91,17 +119,6 @@ class Resident:
         atoms, frame_of_atom, first_atom, n_atoms = self._gather(
             which, self._first_atom, self._atoms_of, size.n_atoms, len(self._aev), fill
         )
-        pairs, of_pair, first_pair, _ = self._gather(
-            which, self._first_pair, self._pairs_of, size.n_pairs, len(self._vec), fill
-        )
-        listed = Pairs(
-            self._vec.index_select(0, pairs),
-            torch.nn.functional.pad(self._count.index_select(0, atoms).cumsum(0), (1, 0)),
-            self._other.index_select(0, pairs) + first_atom.index_select(0, of_pair),
-            self._reverse.index_select(0, pairs) + first_pair.index_select(0, of_pair),
-        )
-        species, aev = self._species.index_select(0, atoms), self._aev.index_select(0, atoms)
-        elements = _by_element(species, size.n_of_element)
         truth = References(
             energy=self._energy.index_select(0, which),
             forces=self._forces.index_select(0, atoms),
@@ -110,7 +127,32 @@ class Resident:
             n_atoms=n_atoms,
             frame_of_atom=frame_of_atom,
         )
-        return Recomputed(elements, species, aev, n_atoms, frame_of_atom, listed, self._p), truth
+        room = self._room.take((size.n_atoms, self._p.length), self._aev)
+        aev = torch.index_select(self._aev, 0, atoms, out=room)
+        species = self._species.index_select(0, atoms)
+        if self.on_gpu:
+            elements = _by_element(species, size.n_of_element)
+        else:
+            elements = of_kinds(self._kinds[atoms.numpy()], self._p.n_species)
+        if self._jacobians:
+            jacobians = [self._jacobians[place] for place in which.tolist()]
+            return KeptBlock(elements, aev, n_atoms, frame_of_atom, jacobians), truth
+        pairs = self._pairs(which, atoms, first_atom, size, fill)
+        return Recomputed(elements, species, aev, n_atoms, frame_of_atom, pairs, self._p), truth
+
+    def _pairs(self, which: Tensor, atoms: Tensor, first_atom: Tensor, size: Size, fill: bool) -> Pairs:
+        pairs, of_pair, first_pair, _ = self._gather(
+            which, self._first_pair, self._pairs_of, size.n_pairs, len(self._vec), fill
+        )
+        reverse = self._reverse
+        if reverse is not None:
+            reverse = reverse.index_select(0, pairs) + first_pair.index_select(0, of_pair)
+        return Pairs(
+            self._vec.index_select(0, pairs),
+            torch.nn.functional.pad(self._count.index_select(0, atoms).cumsum(0), (1, 0)),
+            self._other.index_select(0, pairs) + first_atom.index_select(0, of_pair),
+            reverse,
+        )
 
     def _gather(
         self, which: Tensor, first: Tensor, counts: Tensor, total: int, n_here: int, fill: bool
@@ -148,6 +190,6 @@ def _by_element(species: Tensor, n_of_element: Sequence[int]) -> list[Tensor]:
     return elements
 
 
-def _joined(pieces: Sequence[Tensor], last: float) -> Tensor:
-    """One after the other, and one more row."""
-    return torch.cat([*pieces, pieces[0].new_full((1, *pieces[0].shape[1:]), last)])
+def _joined(pieces: Sequence[Tensor]) -> Tensor:
+    """One after the other, and one more row of zeros."""
+    return torch.cat([*pieces, pieces[0].new_zeros(1, *pieces[0].shape[1:])])

@@ -15,12 +15,14 @@ from potential.kernels import gpu
 from shards import Frame, Label, Level, write_labels
 from trainer.config import TrainerSettings
 from trainer.dataset import load_dataset
+from trainer.examples import join_examples
 from trainer.fit import role_sums
 from trainer.folds import VALID
 from trainer.networks import Networks
 from trainer.optimiser import Adam
-from trainer.problem import Problem, _settle
+from trainer.problem import Problem
 from trainer.rank import choose_device
+from trainer.resident import Resident
 from trainer.step import Steps, step_gradient
 
 N_MEMBERS = 3
@@ -55,19 +57,25 @@ def parameters(problem) -> torch.Tensor:
 
 def settled(problem: Problem) -> Problem:
     """The problem as it is on a GPU, with the same structures."""
-    there = copy.copy(problem)
-    there._resident, there._kept = _settle(problem._kept, problem._p), None
+    there, whole = copy.copy(problem), np.arange(8)
+    examples = problem._examples(whole)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SMELT_KERNELS", "gpu")
+        there._resident = Resident([(whole, examples)], int(problem.dataset.n_atoms.sum()), problem._p)
     return there
 
 
 def test_blocks_that_are_gathered_are_those_that_are_joined(problem):
     part = np.array([5, 0, 3, 4])
-    for ours, theirs in zip(settled(problem)._block(part)[1:], problem._block(part)[1:], strict=True):
+    joined = join_examples(problem._examples(part), problem._p)
+    for ours, theirs in zip(settled(problem)._block(part)[1:], joined, strict=True):
         for name in ("aev", "n_atoms", "frame_of_atom", "energy", "forces", "virial", "volume"):
             if hasattr(theirs, name):
                 torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), rtol=0, atol=0, equal_nan=True)
-    ours, theirs = settled(problem)._block(part)[1], problem._block(part)[1]
-    assert all(torch.equal(x, y) for x, y in zip(ours.elements, theirs.elements, strict=True))
+    ours, theirs = settled(problem)._block(part)[1], joined[0]
+    for x, y, z in zip(ours.elements, problem._block(part)[1].elements, theirs.elements, strict=True):
+        assert torch.equal(x, z.sort().values)
+        assert torch.equal(y, z)
     for name in ("vec", "row", "other"):
         assert torch.equal(getattr(ours._pairs, name), getattr(theirs._pairs, name))
     assert torch.equal(ours._pairs.vec[ours._pairs.reverse], -ours._pairs.vec)
