@@ -87,7 +87,7 @@ class Trainings:
         self._adam = Adam.like(self._parameters)
 
     def our_gradient(self) -> Tensor:
-        return self._steps.gradient(np.arange(N_TRAINED))[0]
+        return self._steps.gradient(np.arange(N_TRAINED))
 
     def ours(self) -> None:
         self._adam.update(self._parameters, self.our_gradient(), torch.tensor([RATE], dtype=torch.float64))

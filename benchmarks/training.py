@@ -63,7 +63,7 @@ class Ours:
         self._rates = torch.full((committee.n_members,), RATE, dtype=torch.float64, device=device)
 
     def gradient(self) -> Tensor:
-        return self._steps.gradient(self._cells)[0]
+        return self._steps.gradient(self._cells)
 
     def step(self) -> None:
         self._adam.update(self.parameters, self.gradient(), self._rates)

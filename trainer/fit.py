@@ -152,7 +152,7 @@ def role_sums(problem: Problem, parameters: Tensor, role: int) -> Tensor:
             energies, g, _ = problem.networks.forward(parameters[member, None], block.aev, block.elements)
             energy = energies.new_zeros(1, len(part)).index_add_(1, block.frame_of_atom, energies)
             errors = errors_of(*block.project(g), truth, weights)
-            sums[member] += compare(energy, errors, truth, weights).sums.sum((0, 1), dtype=torch.float64)
+            sums[member] += compare([(energy, errors, truth)], weights).sum((0, 1), dtype=torch.float64)
     return sums
 
 
@@ -168,12 +168,11 @@ def _epoch(
 ) -> tuple[dict[str, Any], bool]:
     """Advance `state` by one epoch; return its row of metrics and whether some rank was asked to stop."""
     rates = torch.tensor(state.plateau.rates, dtype=torch.float64, device=state.parameters.device)
-    train = rates.new_zeros(len(rates), len(COLUMNS))
     for structures in problem.epoch(seed, state.epoch):
-        gradient, sums = steps.gradient(structures)
+        gradient = steps.gradient(structures)
         world.add_up(gradient, "gradient")
         state.adam.update(state.parameters, gradient, rates, factors)
-        train += sums
+    train = steps.errors()
     valid = role_sums(problem, state.parameters, VALID)
     # One message for all that ranks decide on: whoever decides from it decides alike.
     signals = torch.tensor(

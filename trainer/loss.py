@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +10,18 @@ from torch import Tensor
 
 from potential.kernels import difference, tally
 
-__all__ = ["COLUMNS", "Errors", "References", "Weights", "compare", "errors_of", "mean_loss", "pulls", "summarise"]
+__all__ = [
+    "COLUMNS",
+    "Predicted",
+    "References",
+    "Weights",
+    "compare",
+    "energy_pulls",
+    "errors_of",
+    "mean_loss",
+    "pulls",
+    "summarise",
+]
 
 # Sums that are kept per member; every error of a training is made from them.
 COLUMNS = ("n", "loss", "n_energy", "energy", "n_force", "force", "n_stress", "stress")
@@ -43,22 +55,17 @@ class References:
     frame_of_atom: Tensor
 
 
-@dataclass(frozen=True)
-class Errors:
-    """loss: (M, B), its derivative by energy (M, B); sums: (M, B, 8), COLUMNS. `pulls` has the other derivatives."""
-
-    loss: Tensor
-    by_energy: Tensor
-    sums: Tensor
+# Energies (M, B) of a block, errors (M, B, 5) of its forces and virials, as potential.kernels.respond and `tally` have
+# them, and its labels.
+Predicted = tuple[Tensor, Tensor, References]
 
 
-def compare(energy: Tensor, errors: Tensor, truth: References, weights: Weights) -> Errors:
-    """Compare predicted energies (M, B) with labels; what has no label counts as right.
-
-    errors: (M, B, 5), of forces and virial, as potential.kernels.respond and `tally` have them.
-    """
-    n = truth.n_atoms.to(energy.dtype)
-    off_energy, has_energy = difference(energy, truth.energy)
+def compare(blocks: Sequence[Predicted], weights: Weights) -> Tensor:
+    """(M, B, 8), COLUMNS, of the structures of all blocks; what has no label counts as right."""
+    energies, errors_of_others, labels = zip(*blocks, strict=True)
+    energy, errors = torch.cat(energies, dim=1), torch.cat(errors_of_others, dim=1)
+    known, volume, n = (torch.cat([getattr(each, name) for each in labels]) for name in ("energy", "volume", "n_atoms"))
+    off_energy, has_energy = difference(energy, known)
     n_force, huber, force, n_virial, virial = errors.unbind(2)
     per_atom = off_energy / n
     loss = weights.energy * off_energy * per_atom + (weights.force / 3 * huber + weights.stress / 6 * virial) / n
@@ -70,14 +77,20 @@ def compare(energy: Tensor, errors: Tensor, truth: References, weights: Weights)
         n_force,
         force,
         n_virial,
-        virial / truth.volume.square(),
+        virial / volume.square(),
     ]
-    return Errors(loss=loss, by_energy=2 * weights.energy * per_atom, sums=torch.stack(columns, dim=2))
+    return torch.stack(columns, dim=2)
 
 
 def errors_of(forces: Tensor, virial: Tensor, truth: References, weights: Weights) -> Tensor:
     """(M, B, 5), for `compare`, of predicted forces (M, N, 3) and virials (M, B, 6)."""
     return tally(forces, virial, truth.forces, truth.virial, truth.frame_of_atom, weights.force_cap)
+
+
+def energy_pulls(energy: Tensor, truth: References, weights: Weights, scale: Tensor) -> Tensor:
+    """Derivative of sum(scale * loss) by energy, (M, B); scale: (M, B)."""
+    off_energy = (energy - truth.energy).masked_fill_(truth.energy.isnan(), 0.0)
+    return off_energy.mul_(scale).mul_(2 * weights.energy).div_(truth.n_atoms)
 
 
 def pulls(forces: Tensor, virial: Tensor, truth: References, weights: Weights, scale: Tensor) -> tuple[Tensor, Tensor]:

@@ -103,13 +103,15 @@ class Networks:
         energies, g, kept = forward_layers(flat, self._layouts, CELU_ALPHA, aev, elements, kept, room)
         return energies, g, Tape(aev, elements, kept)
 
-    def gradient(self, flat: Tensor, tape: Tape, by_energy: Tensor, by_g: Tensor, into: Tensor) -> None:
-        """Add to `into`, shaped like `flat`, the gradient of sum(by_energy * energies) + sum(by_g * g).
+    def gradient(
+        self, flat: Tensor, tape: Tape, by_energy: Tensor, by_g: Tensor, into: Tensor, *, add: bool = True
+    ) -> None:
+        """Write to `into`, shaped like `flat`, the gradient of sum(by_energy * energies) + sum(by_g * g), or add it.
 
         by_energy: (M, n_atoms). by_g: (M, n_atoms, L).
         """
         kept, aev, elements = tape.kept, tape.aev, tape.elements
-        backward_layers(flat, self._layouts, CELU_ALPHA, kept, aev, elements, by_energy, by_g, into)
+        backward_layers(flat, self._layouts, CELU_ALPHA, kept, aev, elements, by_energy, by_g, into, add)
 
 
 def _stacks(committee: Committee) -> list[list[tuple[Tensor, Tensor]]]:

@@ -212,12 +212,13 @@ def backward_layers(
     by_energy: torch.Tensor,
     by_g: torch.Tensor,
     into: torch.Tensor,
+    add: bool = True,
 ) -> None:
-    """Add to `into`, (M, P), the gradient of sum(by_energy * energies) + sum(by_g * g).
+    """Write to `into`, (M, P), the gradient of sum(by_energy * energies) + sum(by_g * g), or add it to what is there.
 
     by_energy: (M, N). by_g: (M, N, L). The other arguments are those of forward_layers, and what it returned.
     """
-    _kernels(flat).backward_layers(flat, layouts, celu_alpha, tape, aev, elements, by_energy, by_g, into)
+    _kernels(flat).backward_layers(flat, layouts, celu_alpha, tape, aev, elements, by_energy, by_g, into, add)
 
 
 def keep(jacobian: torch.Tensor) -> Kept:

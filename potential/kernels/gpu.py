@@ -385,11 +385,14 @@ def backward_layers(
     by_energy: torch.Tensor,
     by_g: torch.Tensor,
     into: torch.Tensor,
+    add: bool = True,
 ) -> None:
     """As potential.kernels.backward_layers."""
     if tape is not None:
-        layers.backward_layers(flat, layouts, celu_alpha, tape, aev, elements, by_energy, by_g, into)
+        layers.backward_layers(flat, layouts, celu_alpha, tape, aev, elements, by_energy, by_g, into, add)
         return
+    if not add:
+        into.zero_()
     for layout, atoms in zip(layouts, elements, strict=True):
         _add_gradient(flat, layout, celu_alpha, aev, atoms, by_energy, by_g, into)
 

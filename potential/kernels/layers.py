@@ -91,8 +91,11 @@ def backward_layers(
     by_energy: Tensor,
     by_g: Tensor,
     into: Tensor,
+    add: bool = True,
 ) -> None:
     """As potential.kernels.backward_layers."""
+    if not add:
+        into.zero_()
     for layout, passed, atoms in zip(layouts, tape, elements, strict=True):
         by = by_energy.index_select(1, atoms), by_g.index_select(1, atoms)
         _backward(layout.layers(flat), celu_alpha, passed, *by, layout.layers(into))

@@ -115,6 +115,7 @@ class Layers(ctypes.Structure):
                 "gradient",
             )
         ),
+        ("add", ctypes.c_int64),
     )
 
 

@@ -381,6 +381,7 @@ def backward_layers(
     by_energy: torch.Tensor,
     by_g: torch.Tensor,
     into: torch.Tensor,
+    add: bool = True,
 ) -> None:
     """As potential.kernels.backward_layers; `elements` are on the tape."""
     by_energy, by_g = by_energy.contiguous(), by_g.contiguous()
@@ -389,7 +390,7 @@ def backward_layers(
     _check("into", into, tuple(flat.shape))
     job = _layers(flat, layouts, celu_alpha, aev, tape.atoms, tape.first, by_energy, by_g, into)
     job.tape, job.by_energy, job.by_g = tape.numbers.data_ptr(), by_energy.data_ptr(), by_g.data_ptr()
-    job.gradient = into.data_ptr()
+    job.gradient, job.add = into.data_ptr(), add
     _run_layers(True, flat, job)
 
 

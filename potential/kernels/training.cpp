@@ -99,6 +99,7 @@ private:
     void last_layer(const T* weights, const T* by_energy, const T* hidden, int n_lanes);
     void bend(int n, const T* tilt, const T* pull, const T* hidden, T* bias_sum, int n_lanes);
     void store();
+    void put(int n, const T* sum, T* out) const;
 };
 
 template <class T> void Layers<T>::forward() {
@@ -246,10 +247,14 @@ template <class T> void Layers<T>::store() {
     const T *sum = sums, *bias_sum = bias_sums;
     for (int k = 0; k <= n_hidden; ++k) {
         T* out = static_cast<T*>(job.gradient) + member * job.step + shape.offsets[k];
-        for (int o = 0; o < width(k + 1); ++o, sum += D::whole(width(k)))
-            for (int i = 0; i < width(k); ++i) *out++ += sum[i];
-        for (int o = 0; o < width(k + 1); ++o) *out++ += *bias_sum++;
+        for (int o = 0; o < width(k + 1); ++o, sum += D::whole(width(k)), out += width(k)) put(width(k), sum, out);
+        put(width(k + 1), bias_sum, out), bias_sum += width(k + 1);
     }
+}
+
+template <class T> void Layers<T>::put(int n, const T* sum, T* out) const {
+    if (!job.add) memcpy(out, sum, sizeof(T) * n);
+    else for (int i = 0; i < n; ++i) out[i] += sum[i];
 }
 
 // ---- a Jacobian that was kept --------------------------------------------------------------------------------------

@@ -20,7 +20,8 @@ struct LayersJob {
     void *energies, *g;               // (n_members, n_atoms) and dE/dAEV (n_members, n_atoms, length)
     void* tape;                       // (tape_numbers,): what the gradient needs of the forward pass
     const void *by_energy, *by_g;     // cotangents of energies and g
-    void* gradient;                   // shaped like the parameters; added to
+    void* gradient;                   // shaped like the parameters
+    int64_t add;                      // to what is in the gradient, instead of writing over it
 };
 
 // A matrix in blocks of 3 x KEPT_WIDTH, those that are zero left out; what is beyond its last column is not read.

@@ -21,7 +21,7 @@ from trainer.folds import VALID
 from trainer.networks import Networks
 from trainer.problem import Problem
 from trainer.room import Room
-from trainer.step import Steps, step_gradient
+from trainer.step import BLOCKS_COMPARED, Steps, step_gradient
 from trainer.world import Solo
 
 ELEMENTS = ("Al", "Cu")
@@ -115,7 +115,18 @@ def test_a_step_in_the_memory_of_another_one_gives_the_same_bits(dataset, commit
     steps = Steps(problem, parameters)
     for structures in (np.arange(5), np.arange(len(dataset)), np.arange(3, 7), np.arange(5)):
         alone = step_gradient(fresh, parameters, structures)
-        assert all(torch.equal(a, b) for a, b in zip(steps.gradient(structures), alone, strict=True))
+        assert torch.equal(steps.gradient(structures), alone[0])
+        assert torch.equal(steps.errors(), alone[1])
+    assert not steps.errors().any()
+
+
+def test_errors_of_many_steps_are_the_sums_of_those_of_each(dataset, committee):
+    parameters, problem = Networks.of(committee).take(committee, torch.float64), _problem(dataset, committee)
+    steps, parts = Steps(problem, parameters), [np.arange(5), np.arange(3, len(dataset))] * (BLOCKS_COMPARED - 1)
+    for structures in parts:
+        steps.gradient(structures)
+    alone = [step_gradient(problem, parameters, structures)[1] for structures in parts]
+    assert torch.allclose(steps.errors(), sum(alone), rtol=1e-12)
 
 
 def test_a_room_is_used_again_as_long_as_it_is_large_enough():

@@ -46,9 +46,10 @@ def pass_through_layers(kernels, dtype, device="cpu", holes=slice(0)) -> tuple[T
     order = HOLEY.int().argsort(stable=True)
     elements = [order[element[order] == number].to(device) for number in range(len(LAYOUTS))]
     energies, g, tape = kernels.forward_layers(flat, LAYOUTS, CELU_ALPHA, aev, elements)
-    gradient = torch.zeros_like(flat)
-    kernels.backward_layers(flat, LAYOUTS, CELU_ALPHA, tape, aev, elements, by_energy, by_g, gradient)
-    return energies, g, gradient
+    gradient = torch.full_like(flat, torch.nan)
+    for add in (False, True):
+        kernels.backward_layers(flat, LAYOUTS, CELU_ALPHA, tape, aev, elements, by_energy, by_g, gradient, add)
+    return energies, g, gradient / 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

@@ -15,7 +15,7 @@ from trainer.checkpoint import read_checkpoint, write_checkpoint
 from trainer.dataset import fit_self_energies
 from trainer.folds import TEST, TRAIN, VALID, assign_blocks, member_roles
 from trainer.launch import DEFAULT_LAUNCHER, rank_environment
-from trainer.loss import References, Weights, compare, errors_of, pulls, summarise
+from trainer.loss import COLUMNS, References, Weights, compare, energy_pulls, errors_of, pulls, summarise
 from trainer.memory import node_memory_GB
 from trainer.networks import Networks
 from trainer.optimiser import Adam, Plateau
@@ -265,9 +265,9 @@ def test_derivatives_of_the_loss_equal_those_of_autograd():
     truth = _truth([2, 3])
     inputs = [torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((4, 2), (4, 5, 3), (4, 2, 6))]
     weights, scale = Weights(1.3, 0.7, 0.2, force_cap=0.5), torch.rand(4, 2, dtype=torch.float64)
-    errors = compare(inputs[0], errors_of(*inputs[1:], truth, weights), truth, weights)
-    expected = torch.autograd.grad((scale * errors.loss).sum(), inputs)
-    found = (scale * errors.by_energy, *pulls(*inputs[1:], truth, weights, scale))
+    loss = compare([(inputs[0], errors_of(*inputs[1:], truth, weights), truth)], weights)[..., COLUMNS.index("loss")]
+    expected = torch.autograd.grad((scale * loss).sum(), inputs)
+    found = (energy_pulls(inputs[0], truth, weights, scale), *pulls(*inputs[1:], truth, weights, scale))
     for own, other in zip(found, expected, strict=True):
         assert torch.allclose(own, other, rtol=1e-12, atol=1e-14)
 
@@ -275,11 +275,15 @@ def test_derivatives_of_the_loss_equal_those_of_autograd():
 def test_a_missing_label_neither_counts_nor_pulls():
     nothing = torch.full((5, 3), torch.nan, dtype=torch.float64)
     truth = _truth([2, 3], forces=nothing, virial=torch.full((2, 6), torch.nan, dtype=torch.float64))
+    truth.energy[1] = torch.nan
     weights, wrong = Weights(1.0, 1.0, 1.0, force_cap=1.0), (torch.ones(1, 5, 3).double(), torch.ones(1, 2, 6).double())
-    errors = compare(torch.zeros(1, 2).double(), errors_of(*wrong, truth, weights), truth, weights)
-    assert not any(pull.any() for pull in pulls(*wrong, truth, weights, torch.ones(1, 2).double()))
-    assert torch.allclose(errors.loss, truth.energy[None] ** 2 / truth.n_atoms)
-    table = summarise(errors.sums.sum(1))
+    energy, scale = torch.zeros(1, 2).double(), torch.ones(1, 2).double()
+    errors = compare([(energy, errors_of(*wrong, truth, weights), truth)], weights)
+    assert not any(pull.any() for pull in pulls(*wrong, truth, weights, scale))
+    assert energy_pulls(energy, truth, weights, scale).ne(0).tolist() == [[True, False]]
+    assert errors[0, :, COLUMNS.index("loss")].tolist() == pytest.approx([float(truth.energy[0]) ** 2 / 2, 0.0])
+    assert errors[0, :, COLUMNS.index("n_energy")].tolist() == [1, 0]
+    table = summarise(errors.sum(1))
     assert table["force_eV_per_A"] == [None]
     assert table["stress_GPa"] == [None]
 
@@ -288,7 +292,7 @@ def test_summaries_are_root_mean_squares_per_atom_and_per_component():
     truth = _truth([2, 3])
     energy, *zero = torch.zeros(1, 2).double(), torch.zeros(1, 5, 3).double(), torch.zeros(1, 2, 6).double()
     weights = Weights(1, 1, 1, 1.0)
-    table = summarise(compare(energy, errors_of(*zero, truth, weights), truth, weights).sums.sum(1))
+    table = summarise(compare([(energy, errors_of(*zero, truth, weights), truth)], weights).sum(1))
     per_atom = (truth.energy / truth.n_atoms).numpy()
     assert table["energy_meV_per_atom"][0] == pytest.approx(1000 * np.sqrt((per_atom**2).mean()))
     assert table["force_eV_per_A"][0] == pytest.approx(np.sqrt((truth.forces.numpy() ** 2).mean()))
