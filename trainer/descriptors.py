@@ -44,7 +44,6 @@ __all__ = [
     "describe",
     "jacobian_numbers",
     "join",
-    "of_kinds",
     "with_jacobian",
 ]
 
@@ -174,7 +173,9 @@ def join(geometries: Sequence[Geometry], p: AEVParameters) -> Block:
     """Join structures that all keep their Jacobian, or none does."""
     aev = torch.cat([geometry.aev for geometry in geometries])
     kinds = np.concatenate([geometry.kinds for geometry in geometries])
-    elements = [_placed(atoms, aev.device) for atoms in of_kinds(kinds, p.n_species)]
+    order = kinds.argsort(kind="stable")
+    ends = np.searchsorted(kinds[order], np.arange(p.n_species + 1) << MOST_PARTS).tolist()
+    elements = [_placed(torch.from_numpy(order[low:high]), aev.device) for low, high in pairwise(ends)]
     n_atoms = torch.tensor([len(geometry.kinds) for geometry in geometries]).to(aev.device)
     frame_of_atom = torch.repeat_interleave(n_atoms, output_size=len(aev))
     kept = [geometry.jacobian for geometry in geometries if geometry.jacobian is not None]
@@ -183,13 +184,6 @@ def join(geometries: Sequence[Geometry], p: AEVParameters) -> Block:
     pairs = _join_pairs(geometries)
     species = torch.cat([geometry.species for geometry in geometries])
     return Recomputed(elements, _placed(species, aev.device), aev, n_atoms, frame_of_atom, pairs, p)
-
-
-def of_kinds(kinds: NDArray[np.int64], n_elements: int) -> list[Tensor]:
-    """The atoms of each element, (n,), of atoms (N,) of these kinds: those of one kind in a row, see Geometry."""
-    order = kinds.argsort(kind="stable")
-    ends = kinds[order].searchsorted(np.arange(1, n_elements) << MOST_PARTS)
-    return list(torch.from_numpy(order).tensor_split(torch.from_numpy(ends)))
 
 
 def _placed(values: Tensor, device: torch.device) -> Tensor:

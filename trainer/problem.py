@@ -88,7 +88,7 @@ class Problem:
         """(M,): one over the number of these structures that each member learns from."""
         dtype = getattr(torch, self.settings.dtype)
         which = torch.from_numpy(structures).to(self.device)
-        return 1 / self.learns.index_select(1, which).sum(1).clamp(min=1).to(dtype)
+        return self.learns.index_select(1, which).sum(1, dtype=dtype).clamp_(min=1).reciprocal_()
 
     def record(self, step: Step) -> Recorded | None:
         """The step as a recording, where structures are kept on a GPU and a block holds those of a step."""
@@ -121,10 +121,11 @@ class Problem:
 
     def _cut(self, indices: NDArray[np.int64], on_gpu: int = ATOMS_PER_BLOCK_GPU) -> list[NDArray[np.int64]]:
         at_a_time = ATOMS_PER_BLOCK if self.device.type == "cpu" else on_gpu
-        if not len(indices):
-            return []
-        block = (np.cumsum(self.dataset.n_atoms[indices]) - 1) // at_a_time
-        return np.split(indices, np.flatnonzero(np.diff(block)) + 1) if block[-1] else [indices]
+        n_atoms = self.dataset.n_atoms[indices]
+        if n_atoms.sum() <= at_a_time:
+            return [indices] if len(indices) else []
+        block = (np.cumsum(n_atoms) - 1) // at_a_time
+        return np.split(indices, np.flatnonzero(np.diff(block)) + 1)
 
     def _block(self, part: NDArray[np.int64]) -> tuple[Tensor, Block, References]:
         if self._resident is not None:

@@ -28,9 +28,9 @@ class Blocks:
     row: Tensor
 
     @functools.cached_property
-    def pointers(self) -> tuple[int, int, int]:
-        """KeptJacobian of training.h."""
-        return self.values.data_ptr(), self.at.data_ptr(), self.row.data_ptr()
+    def facts(self) -> tuple[int, ...]:
+        """Rows, columns, bytes of a number, and KeptJacobian of training.h; they take a while to ask for."""
+        return *self.shape, self.values.itemsize, self.values.data_ptr(), self.at.data_ptr(), self.row.data_ptr()
 
     @property
     def nbytes(self) -> int:

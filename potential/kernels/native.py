@@ -449,22 +449,25 @@ def respond(
     """Forces (M, N, 3), virials (M, B, 6), the derivative (M, N, L) of a loss by g, errors, from kept Jacobians."""
     n_members, n_atoms, length = g.shape
     n_structures = len(jacobians)
-    counts = [(jacobian.shape[0] - 6) // 3 for jacobian in jacobians]
-    for n, jacobian in zip(counts, jacobians, strict=True):
-        if jacobian.shape != (3 * n + 6, n * length):
-            raise ValueError(f"jacobian is {jacobian.shape}: must be {(3 * n + 6, n * length)}")
-    _check("g", g, (n_members, sum(counts), length))
+    facts = np.array([jacobian.facts for jacobian in jacobians], dtype=np.int64)
+    rows, columns, itemsize = facts[:, :3].T
+    counts, pointers = (rows - 6) // 3, np.ascontiguousarray(facts[:, 3:])
+    if (columns != counts * length).any() or counts.sum() != n_atoms:
+        shapes = ", ".join(str(jacobian.shape) for jacobian in jacobians)
+        raise ValueError(f"jacobians are {shapes}: must be (3 n + 6, n x {length}), {n_atoms} atoms in all")
     _check("known_forces", known_forces, (n_atoms, 3))
     _check("known_virial", known_virial, (n_structures, 6))
     _check("scale", scale, (n_members, n_structures))
     v = torch.empty_like(g) if room is None else room
     _check("room", v, tuple(g.shape))
-    tensors = [g, known_forces, known_virial, scale, v, *(jacobian.values for jacobian in jacobians)]
-    if not all(tensor.is_contiguous() and tensor.dtype == g.dtype for tensor in tensors):
+    tensors = g, known_forces, known_virial, scale, v
+    if (
+        not all(tensor.is_contiguous() and tensor.dtype == g.dtype for tensor in tensors)
+        or (itemsize != g.itemsize).any()
+    ):
         raise ValueError(f"kept derivatives: all tensors must be contiguous and {g.dtype}, as g is")
     # One array of numbers is made in less time than as many objects of ctypes.
-    first = np.cumsum([0, *counts])
-    pointers = np.array([jacobian.pointers for jacobian in jacobians], dtype=np.int64)
+    first = np.cumsum(np.append(0, counts))
     forces, virial = g.new_empty(n_members, n_atoms, 3), g.new_empty(n_members, n_structures, 6)
     errors = g.new_zeros(n_members, n_structures, N_ERRORS, dtype=torch.float64)
     job = Response(

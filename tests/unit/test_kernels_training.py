@@ -185,5 +185,7 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match=r"atoms of 1 elements: must be of 2, which have networks"):
         native.forward_layers(flat, LAYOUTS, CELU_ALPHA, aev, elements[:1])
     short = torch.ones(9, LENGTH - 1), torch.ones(1, 3), torch.ones(1, 6), torch.ones(2, 1, LENGTH), torch.ones(2, 1)
-    with pytest.raises(ValueError, match=rf"jacobian is \(9, {LENGTH - 1}\): must be \(9, {LENGTH}\)"):
+    with pytest.raises(
+        ValueError, match=rf"jacobians are \(9, {LENGTH - 1}\): must be \(3 n \+ 6, n x {LENGTH}\), 1 atoms"
+    ):
         native.respond([native.keep(short[0])], *short[1:], 1.0, 1.0, 1.0)
