@@ -145,13 +145,10 @@ class Block(ABC):
         """Return forces (M, N, 3), eV/A, and virial = volume * stress (M, B, 6), eV, for g (M, N, L)."""
 
     @abstractmethod
-    def respond(
-        self, g: Tensor, truth: References, weights: Weights, scale: Tensor, room: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def respond(self, g: Tensor, truth: References, weights: Weights, scale: Tensor) -> tuple[Tensor, Tensor]:
         """Return errors of forces and virial, (M, B, 5), and the derivative by g, (M, N, L), of the loss.
 
-        The loss is the sum of scale, (M, B), times that of a structure. room: like g; the derivative may be written
-        there.
+        The loss is the sum of scale, (M, B), times that of a structure. The derivative may be written over g.
         """
 
 
@@ -222,11 +219,9 @@ class KeptBlock(Block):
         scale = g.new_zeros(len(g), n_structures)
         return respond(self._jacobians, no_forces, no_virial, g.contiguous(), scale, 0.0, 0.0, 0.0)[:2]
 
-    def respond(
-        self, g: Tensor, truth: References, weights: Weights, scale: Tensor, room: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def respond(self, g: Tensor, truth: References, weights: Weights, scale: Tensor) -> tuple[Tensor, Tensor]:
         strengths = 2 / 3 * weights.force, weights.stress / 3, weights.force_cap
-        _, _, v, errors = respond(self._jacobians, truth.forces, truth.virial, g, scale, *strengths, room)
+        _, _, v, errors = respond(self._jacobians, truth.forces, truth.virial, g, scale, *strengths, g)
         return errors, v
 
 
@@ -253,9 +248,7 @@ class Recomputed(Block):
         virial = pair_virials(pull, pairs.vec, pairs.row, self.frame_of_atom, len(self.n_atoms))
         return forces, virial.to(g.dtype)
 
-    def respond(
-        self, g: Tensor, truth: References, weights: Weights, scale: Tensor, room: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def respond(self, g: Tensor, truth: References, weights: Weights, scale: Tensor) -> tuple[Tensor, Tensor]:
         forces, virial = self.project(g)
         v = self.lift(*pulls(forces, virial, truth, weights, scale))
         return errors_of(forces, virial, truth, weights), v

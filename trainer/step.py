@@ -79,7 +79,7 @@ class _Sums:
         self.seen: list[tuple[Predicted, Tensor]] = []
         self.recorded = parameters.new_zeros(len(parameters), len(COLUMNS), dtype=torch.float64)
         self._tape: Tape | None = None
-        self._room_of_g, self._room_of_v = Room(), Room()
+        self._room = Room()
 
     def set_to(self, block: Block, truth: References, learns: Tensor, share: Tensor) -> None:
         self.add(block, truth, learns, share, first=True)
@@ -87,11 +87,11 @@ class _Sums:
 
     def add(self, block: Block, truth: References, learns: Tensor, share: Tensor, *, first: bool) -> None:
         """learns: (M, B), which member learns from which structure. share: (M,), of one structure in the loss."""
-        room = self._room_of_g.take((len(self._parameters), *block.aev.shape), block.aev)
+        room = self._room.take((len(self._parameters), *block.aev.shape), block.aev)
         energies, g, tape = self._networks.forward(self._parameters, block.aev, block.elements, self._tape, room)
         energy = energies.new_zeros(learns.shape).index_add_(1, block.frame_of_atom, energies)
         scale = learns * share[:, None]
-        errors, v = block.respond(g, truth, self._weights, scale, self._room_of_v.take(g.shape, g))
+        errors, v = block.respond(g, truth, self._weights, scale)
         by_energy = energy_pulls(energy, truth, self._weights, scale)[:, block.frame_of_atom]
         self._networks.gradient(self._parameters, tape, by_energy, v, self.gradient, add=not first)
         self.seen.append(((energy, errors, truth), learns))

@@ -241,7 +241,7 @@ def respond(
     """Forces (M, N, 3), virials (M, B, 6), the derivative (M, N, L) of a loss by g, and errors, from kept Jacobians.
 
     jacobians: of each of B structures of n atoms, see `keep`. known_forces: (N, 3), and known_virial: (B, 6), not a
-    number where there is none. scale: (M, B). room: like g; the derivative may be written there.
+    number where there is none. scale: (M, B). room: like g, or g itself; the derivative may be written there.
 
     The loss is the sum over members and structures of scale / n times: force_scale / 2 * square of the errors of
     forces, linear beyond the cap, and virial_scale / 2 * square of those of the virial. Errors, (M, B, 5): how many

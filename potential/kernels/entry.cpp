@@ -74,11 +74,14 @@ EXPORT int smelt_layers(int backward, int level, int is_double, int n_threads, c
 }
 
 // Forces and virials from kept Jacobians, and what their residuals return. Structures are shared out over threads.
-EXPORT void smelt_respond(int level, int is_double, int n_threads, const ResponseJob* job) {
-    share_out(job->n_structures, n_threads, [&](auto next) {
-        FlushDenormals flush;
-        for (int64_t structure; (structure = next()) >= 0;) TRAINING[level][is_double].respond(*job, structure);
-    });
+// Returns 0, or 1 when there is no memory.
+EXPORT int smelt_respond(int level, int is_double, int n_threads, const ResponseJob* job) try {
+    const TrainingKernel& kernel = TRAINING[level][is_double];
+    run(job->n_structures, n_threads, kernel.response_bytes(*job),
+        [&](int64_t structure, void* workspace) { kernel.respond(*job, structure, workspace); });
+    return 0;
+} catch (const std::bad_alloc&) {
+    return 1;
 }
 
 // These take microseconds, less than a thread takes to start, so they run on the caller's.

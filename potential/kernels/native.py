@@ -485,7 +485,8 @@ def respond(
         force_cap,
         *(tensor.data_ptr() for tensor in (g, forces, virial, v, errors)),
     )
-    library().smelt_respond(level(), _is_double(g), torch.get_num_threads(), ctypes.byref(job))
+    if library().smelt_respond(level(), _is_double(g), torch.get_num_threads(), ctypes.byref(job)):
+        raise MemoryError(f"no memory for the response of {n_atoms} atoms, {n_members} members")
     return forces, virial, v, errors.to(g.dtype)
 
 

@@ -270,25 +270,27 @@ template <class T> class Response {
     const KeptJacobian& jacobian;
     const int64_t structure, low, n_atoms, n_columns;
     const T* g;
-    T* v;
+    T* v;                                             // (n_members, n_columns)
 
 public:
-    Response(const ResponseJob& job, int64_t structure)
+    Response(const ResponseJob& job, int64_t structure, void* workspace)
         : job(job), jacobian(job.jacobians[structure]), structure(structure), low(job.first[structure]),
           n_atoms(job.first[structure + 1] - low), n_columns(n_atoms * job.length),
-          g(static_cast<const T*>(job.g) + low * job.length), v(static_cast<T*>(job.v) + low * job.length) {}
+          g(static_cast<const T*>(job.g) + low * job.length), v(static_cast<T*>(workspace)) {}
 
     void run() {
-        for (int64_t m = 0; m < job.n_members; ++m) memset(member(v, m), 0, sizeof(T) * n_columns);
+        memset(v, 0, sizeof(T) * job.n_members * n_columns);
         for (int64_t row = 0; row < n_atoms + 2; ++row) {
             int64_t m = 0;
             for (; m + MEMBERS <= job.n_members; m += MEMBERS) three_rows<MEMBERS>(row, m);
             for (; m < job.n_members; ++m) three_rows<1>(row, m);
         }
+        T* out = static_cast<T*>(job.v) + low * job.length;
+        for (int64_t m = 0; m < job.n_members; ++m) memcpy(out + m * step(), v + m * n_columns, sizeof(T) * n_columns);
     }
 
 private:
-    template <class U> U* member(U* array, int64_t m) const { return array + m * job.n_atoms * job.length; }
+    int64_t step() const { return job.n_atoms * job.length; }  // of g, from member to member
 
     // whole(values, column) for the blocks of a row, then part(value, r, column) for numbers of the last if it is cut off.
     template <class Whole, class Part> INLINE void for_each_block(int64_t row, Whole whole, Part part) const {
@@ -306,7 +308,7 @@ private:
         V sum[3][M] = {};
         T rest[3][M] = {};
         const T* in[M];
-        for (int k = 0; k < M; ++k) in[k] = member(g, m + k);
+        for (int k = 0; k < M; ++k) in[k] = g + (m + k) * step();
         for_each_block(row,
             [&](const T* values, int64_t at) {
                 for (int c = 0; c < KEPT_WIDTH; c += W) {
@@ -352,7 +354,7 @@ private:
 
     template <int M> void add(int64_t row, int64_t m, const T (&residual)[3][M]) {
         T* out[M];
-        for (int k = 0; k < M; ++k) out[k] = member(v, m + k);
+        for (int k = 0; k < M; ++k) out[k] = v + (m + k) * n_columns;
         for_each_block(row,
             [&](const T* values, int64_t at) {
                 for (int c = 0; c < KEPT_WIDTH; c += W) {
@@ -384,10 +386,20 @@ template <class T> void forward(const LayersJob& job, int64_t turn, void* worksp
 template <class T> void gradient(const LayersJob& job, int64_t turn, void* workspace) {
     Layers<T>(job, turn / job.n_elements, turn % job.n_elements, workspace).gradient();
 }
-template <class T> void respond(const ResponseJob& job, int64_t structure) { Response<T>(job, structure).run(); }
+template <class T> size_t response_bytes(const ResponseJob& job) {
+    int64_t most = 0;
+    for (int64_t s = 0; s < job.n_structures; ++s) {
+        const int64_t n_atoms = job.first[s + 1] - job.first[s];
+        most = n_atoms > most ? n_atoms : most;
+    }
+    return sizeof(T) * job.n_members * most * job.length;
+}
+template <class T> void respond(const ResponseJob& job, int64_t structure, void* workspace) {
+    Response<T>(job, structure, workspace).run();
+}
 
 template <class T> constexpr TrainingKernel kernel() {
-    return {tape_numbers, workspace_bytes<T>, forward<T>, gradient<T>, respond<T>};
+    return {tape_numbers, workspace_bytes<T>, forward<T>, gradient<T>, response_bytes<T>, respond<T>};
 }
 
 }  // namespace

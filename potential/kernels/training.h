@@ -42,19 +42,20 @@ struct ResponseJob {
     double force_scale, virial_scale, cap;
     const void* g;                    // (n_members, n_atoms, length)
     void *forces, *virial;            // (n_members, n_atoms, 3), (n_members, n_structures, 6)
-    void* v;                          // (n_members, n_atoms, length)
+    void* v;                          // (n_members, n_atoms, length), perhaps g itself
     double* errors;                   // (n_members, n_structures, N_ERRORS), added to
     // Forces that are known; of their errors, squares that go on linearly beyond the cap, and squares; the same of the
     // virial but for the second.
     static constexpr int N_ERRORS = 5;
 };
 
-// One element of one member, turn = member * n_elements + element, or one structure at a time; `workspace` is 64-byte
-// aligned and belongs to the caller's thread.
+// One element of one member, turn = member * n_elements + element, or one structure at a time; `workspace` is of as many
+// bytes as are asked for, 64-byte aligned, and the caller's thread's.
 struct TrainingKernel {
     int64_t (*tape_numbers)(const LayersJob&);
     size_t (*workspace_bytes)(const LayersJob&);
     void (*forward)(const LayersJob&, int64_t turn, void* workspace);
     void (*gradient)(const LayersJob&, int64_t turn, void* workspace);
-    void (*respond)(const ResponseJob&, int64_t structure);
+    size_t (*response_bytes)(const ResponseJob&);
+    void (*respond)(const ResponseJob&, int64_t structure, void* workspace);
 };
