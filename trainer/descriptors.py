@@ -20,6 +20,7 @@ from torch import Tensor
 
 from potential.aev import AEVParameters
 from potential.kernels import (
+    Inputs,
     Kept,
     aev_forward,
     aev_products,
@@ -131,12 +132,11 @@ def jacobian_numbers(n_atoms: NDArray[np.int32], length: int) -> int:
 class Block(ABC):
     """Some structures joined: B of them with N atoms in all.
 
-    elements: of each, its atoms, (n,). aev: (N, L). n_atoms: (B,). frame_of_atom: (N,).
+    seen: their AEVs (.., L), and the atoms of each element. n_atoms: (B,). frame_of_atom: (N,).
     """
 
-    def __init__(self, elements: Sequence[Tensor], aev: Tensor, n_atoms: Tensor, frame_of_atom: Tensor) -> None:
-        self.elements = elements
-        self.aev = aev
+    def __init__(self, seen: Inputs, n_atoms: Tensor, frame_of_atom: Tensor) -> None:
+        self.seen = seen
         self.n_atoms = n_atoms
         self.frame_of_atom = frame_of_atom
 
@@ -176,11 +176,11 @@ def join(geometries: Sequence[Geometry], p: AEVParameters) -> Block:
     n_atoms = torch.tensor([len(geometry.kinds) for geometry in geometries]).to(aev.device)
     frame_of_atom = torch.repeat_interleave(n_atoms, output_size=len(aev))
     kept = [geometry.jacobian for geometry in geometries if geometry.jacobian is not None]
+    seen = Inputs(aev, elements)
     if kept:
-        return KeptBlock(elements, aev, n_atoms, frame_of_atom, kept)
-    pairs = _join_pairs(geometries)
-    species = torch.cat([geometry.species for geometry in geometries])
-    return Recomputed(elements, _placed(species, aev.device), aev, n_atoms, frame_of_atom, pairs, p)
+        return KeptBlock(seen, n_atoms, frame_of_atom, kept)
+    species = _placed(torch.cat([geometry.species for geometry in geometries]), aev.device)
+    return Recomputed(seen, species, n_atoms, frame_of_atom, _join_pairs(geometries), p)
 
 
 def _placed(values: Tensor, device: torch.device) -> Tensor:
@@ -202,20 +202,13 @@ def _join_pairs(geometries: Sequence[Geometry]) -> Pairs:
 class KeptBlock(Block):
     """In one pass over the Jacobians, which are too large to stay in a cache."""
 
-    def __init__(
-        self,
-        elements: Sequence[Tensor],
-        aev: Tensor,
-        n_atoms: Tensor,
-        frame_of_atom: Tensor,
-        jacobians: Sequence[Kept],
-    ) -> None:
-        super().__init__(elements, aev, n_atoms, frame_of_atom)
+    def __init__(self, seen: Inputs, n_atoms: Tensor, frame_of_atom: Tensor, jacobians: Sequence[Kept]) -> None:
+        super().__init__(seen, n_atoms, frame_of_atom)
         self._jacobians = jacobians
 
     def project(self, g: Tensor) -> tuple[Tensor, Tensor]:
         n_structures = len(self._jacobians)
-        no_forces, no_virial = g.new_full((len(self.aev), 3), torch.nan), g.new_full((n_structures, 6), torch.nan)
+        no_forces, no_virial = g.new_full((g.shape[1], 3), torch.nan), g.new_full((n_structures, 6), torch.nan)
         scale = g.new_zeros(len(g), n_structures)
         return respond(self._jacobians, no_forces, no_virial, g.contiguous(), scale, 0.0, 0.0, 0.0)[:2]
 
@@ -229,16 +222,9 @@ class Recomputed(Block):
     """By the kernels. species: (N,), on the device of the others, which are as in Block."""
 
     def __init__(
-        self,
-        elements: Sequence[Tensor],
-        species: Tensor,
-        aev: Tensor,
-        n_atoms: Tensor,
-        frame_of_atom: Tensor,
-        pairs: Pairs,
-        p: AEVParameters,
+        self, seen: Inputs, species: Tensor, n_atoms: Tensor, frame_of_atom: Tensor, pairs: Pairs, p: AEVParameters
     ) -> None:
-        super().__init__(elements, aev, n_atoms, frame_of_atom)
+        super().__init__(seen, n_atoms, frame_of_atom)
         self._pairs = pairs
         self._vjp, self._jvp = aev_products(pairs.vec, pairs.row, species.index_select(0, pairs.other), p)
 

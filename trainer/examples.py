@@ -47,10 +47,10 @@ def make_examples(batch: Batch, energy: NDArray[np.float64], geometries: Sequenc
 def join_examples(examples: Sequence[Example], p: AEVParameters) -> tuple[Block, References]:
     block = join([example.geometry for example in examples], p)
     truth = References(
-        energy=block.aev.new_tensor([example.energy for example in examples]),
+        energy=block.seen.aev.new_tensor([example.energy for example in examples]),
         forces=torch.cat([example.forces for example in examples]),
         virial=torch.stack([example.virial for example in examples]),
-        volume=block.aev.new_tensor([example.volume or 1.0 for example in examples]),
+        volume=block.seen.aev.new_tensor([example.volume or 1.0 for example in examples]),
         n_atoms=block.n_atoms,
         frame_of_atom=block.frame_of_atom,
     )

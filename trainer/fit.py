@@ -149,7 +149,7 @@ def role_sums(problem: Problem, parameters: Tensor, role: int) -> Tensor:
     for member, roles in enumerate(problem.roles):
         structures = torch.nonzero(roles == role).squeeze(1).numpy()
         for part, block, truth in problem.blocks(problem.mine(structures), alone=True):
-            energies, g, _ = problem.networks.forward(parameters[member, None], block.aev, block.elements)
+            energies, g, _ = problem.networks.forward(parameters[member, None], block.seen)
             energy = energies.new_zeros(1, len(part)).index_add_(1, block.frame_of_atom, energies)
             errors = errors_of(*block.project(g), truth, weights)
             sums[member] += compare([(energy, errors, truth)], weights).sum((0, 1), dtype=torch.float64)

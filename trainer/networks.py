@@ -14,17 +14,16 @@ import torch
 from torch import Tensor
 
 from potential.committee import CELU_ALPHA, Committee
-from potential.kernels import Layout, backward_layers, forward_layers
+from potential.kernels import Inputs, Layout, backward_layers, forward_layers
 
 __all__ = ["Networks", "Tape"]
 
 
 @dataclass(frozen=True)
 class Tape:
-    """What the gradient pass needs: the input, the atoms of each element, and what the kernels kept."""
+    """What the gradient pass needs: the input, and what the kernels kept."""
 
-    aev: Tensor
-    elements: Sequence[Tensor]
+    seen: Inputs
     kept: object
 
 
@@ -87,21 +86,15 @@ class Networks:
         return spread[0]
 
     def forward(
-        self,
-        flat: Tensor,
-        aev: Tensor,
-        elements: Sequence[Tensor],
-        former: Tape | None = None,
-        room: Tensor | None = None,
+        self, flat: Tensor, seen: Inputs, former: Tape | None = None, room: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tape]:
         """Return atomic energies (M, n_atoms), g = dE/dAEV (M, n_atoms, L), and what `gradient` needs.
 
-        aev: (n_atoms, L). elements: of each, its atoms, (n,). former: of an earlier call, whose memory may be used
-        again. room: like g, which may be written there.
+        former: of an earlier call, whose memory may be used again. room: like g, which may be written there.
         """
         kept = None if former is None else former.kept
-        energies, g, kept = forward_layers(flat, self._layouts, CELU_ALPHA, aev, elements, kept, room)
-        return energies, g, Tape(aev, elements, kept)
+        energies, g, kept = forward_layers(flat, self._layouts, CELU_ALPHA, seen, kept, room)
+        return energies, g, Tape(seen, kept)
 
     def gradient(
         self, flat: Tensor, tape: Tape, by_energy: Tensor, by_g: Tensor, into: Tensor, *, add: bool = True
@@ -110,8 +103,7 @@ class Networks:
 
         by_energy: (M, n_atoms). by_g: (M, n_atoms, L).
         """
-        kept, aev, elements = tape.kept, tape.aev, tape.elements
-        backward_layers(flat, self._layouts, CELU_ALPHA, kept, aev, elements, by_energy, by_g, into, add)
+        backward_layers(flat, self._layouts, CELU_ALPHA, tape.kept, tape.seen, by_energy, by_g, into, add)
 
 
 def _stacks(committee: Committee) -> list[list[tuple[Tensor, Tensor]]]:

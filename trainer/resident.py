@@ -15,11 +15,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from potential.aev import AEVParameters
-from potential.kernels import Kept, find_reverse, implementation
+from potential.kernels import Inputs, Kept, find_reverse, implementation
 from trainer.descriptors import Block, Geometry, KeptBlock, Pairs, Recomputed
 from trainer.examples import Example
 from trainer.loss import References
-from trainer.room import Room
 
 __all__ = ["Resident", "Size"]
 
@@ -45,7 +44,6 @@ class Resident:
         self, parts: Iterable[tuple[NDArray[np.int64], Sequence[Example]]], n_atoms: int, p: AEVParameters
     ) -> None:
         self._p = p
-        self._room = Room()
         numbers: list[int] = []
         kinds = np.zeros(n_atoms + 1, dtype=np.int64)
         self._jacobians: list[Kept] = []
@@ -107,10 +105,7 @@ class Resident:
         return places
 
     def block(self, structures: NDArray[np.int64]) -> tuple[Tensor, Block, References]:
-        """Some structures: their numbers, these joined, and their labels. Nothing waits for the device.
-
-        A block is good until the next one is asked for.
-        """
+        """Some structures: their numbers, these joined, and their labels. Nothing waits for the device."""
         places = self.places(structures)
         n_atoms, n_pairs, *n_of_element = self.counts[places].sum(0).tolist()
         which = torch.from_numpy(places).to(self._aev.device, non_blocking=True)
@@ -133,19 +128,17 @@ class Resident:
             n_atoms=n_atoms,
             frame_of_atom=frame_of_atom,
         )
-        room = self._room.take((size.n_atoms, self._p.length), self._aev)
-        aev = torch.index_select(self._aev, 0, atoms, out=room)
         species = self._species.index_select(0, atoms)
         if self.on_gpu:
-            elements = _by_element(species, size.n_of_element)
+            seen = Inputs(self._aev.index_select(0, atoms), _by_element(species, size.n_of_element))
         else:
             order = torch.from_numpy(self._kinds[atoms.numpy()].argsort(kind="stable"))
-            elements = list(order.split(size.n_of_element))
+            seen = Inputs(self._aev, order.split(size.n_of_element), atoms)
         if self._jacobians:
             jacobians = [self._jacobians[place] for place in which.tolist()]
-            return KeptBlock(elements, aev, n_atoms, frame_of_atom, jacobians), truth
+            return KeptBlock(seen, n_atoms, frame_of_atom, jacobians), truth
         pairs = self._pairs(which, atoms, first_atom, size, fill)
-        return Recomputed(elements, species, aev, n_atoms, frame_of_atom, pairs, self._p), truth
+        return Recomputed(seen, species, n_atoms, frame_of_atom, pairs, self._p), truth
 
     def _pairs(self, which: Tensor, atoms: Tensor, first_atom: Tensor, size: Size, fill: bool) -> Pairs:
         pairs, of_pair, first_pair, _ = self._gather(

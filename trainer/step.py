@@ -87,8 +87,9 @@ class _Sums:
 
     def add(self, block: Block, truth: References, learns: Tensor, share: Tensor, *, first: bool) -> None:
         """learns: (M, B), which member learns from which structure. share: (M,), of one structure in the loss."""
-        room = self._room.take((len(self._parameters), *block.aev.shape), block.aev)
-        energies, g, tape = self._networks.forward(self._parameters, block.aev, block.elements, self._tape, room)
+        seen = block.seen
+        room = self._room.take((len(self._parameters), seen.n_atoms, seen.aev.shape[1]), seen.aev)
+        energies, g, tape = self._networks.forward(self._parameters, seen, self._tape, room)
         energy = energies.new_zeros(learns.shape).index_add_(1, block.frame_of_atom, energies)
         scale = learns * share[:, None]
         errors, v = block.respond(g, truth, self._weights, scale)

@@ -18,12 +18,13 @@ import torch
 from potential.aev import AEVParameters
 from potential.kernels import reference
 from potential.kernels.kept import Blocks
-from potential.kernels.layers import Layout, difference, tally
+from potential.kernels.layers import Inputs, Layout, difference, tally
 from potential.kernels.motion import Moving
 from potential.kernels.reference import Stack
 from potential.structures import Structures
 
 __all__ = [
+    "Inputs",
     "Kept",
     "Layout",
     "Moving",
@@ -185,20 +186,19 @@ def forward_layers(
     flat: torch.Tensor,
     layouts: Sequence[Layout],
     celu_alpha: float,
-    aev: torch.Tensor,
-    elements: Sequence[torch.Tensor],
+    seen: Inputs,
     former: object = None,
     room: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, object]:
     """Energies (M, N), g = dE/dAEV (M, N, L), and what the way back needs.
 
-    flat: (M, P), parameters of all networks. layouts: where those of each element are. aev: (N, L). elements: of each,
-    its atoms, (n,). Where parts of the AEVs are zero g may be, too: nothing moves them; with atoms in a row whose AEVs
-    are zero in the same places more is left out. former: what an earlier call returned as the last and is needed no
-    more; its memory may be used again. room: like g, which may be written there.
+    flat: (M, P), parameters of all networks. layouts: where those of each element are. Where parts of the AEVs are zero
+    g may be, too: nothing moves them; with atoms in a row whose AEVs are zero in the same places more is left out.
+    former: what an earlier call returned as the last and is needed no more; its memory may be used again. room: like
+    g, which may be written there.
     """
     results: tuple[torch.Tensor, torch.Tensor, object]
-    results = _kernels(flat).forward_layers(flat, layouts, celu_alpha, aev, elements, former, room)
+    results = _kernels(flat).forward_layers(flat, layouts, celu_alpha, seen, former, room)
     return results
 
 
@@ -207,8 +207,7 @@ def backward_layers(
     layouts: Sequence[Layout],
     celu_alpha: float,
     tape: object,
-    aev: torch.Tensor,
-    elements: Sequence[torch.Tensor],
+    seen: Inputs,
     by_energy: torch.Tensor,
     by_g: torch.Tensor,
     into: torch.Tensor,
@@ -218,7 +217,7 @@ def backward_layers(
 
     by_energy: (M, N). by_g: (M, N, L). The other arguments are those of forward_layers, and what it returned.
     """
-    _kernels(flat).backward_layers(flat, layouts, celu_alpha, tape, aev, elements, by_energy, by_g, into, add)
+    _kernels(flat).backward_layers(flat, layouts, celu_alpha, tape, seen, by_energy, by_g, into, add)
 
 
 def keep(jacobian: torch.Tensor) -> Kept:

@@ -17,7 +17,7 @@ import triton
 
 from potential.aev import AEVParameters
 from potential.kernels import blocks, layers, programs, reference
-from potential.kernels.layers import Layout
+from potential.kernels.layers import Inputs, Layout
 from potential.kernels.motion import Moving
 from potential.kernels.reference import (
     Stack,
@@ -317,19 +317,23 @@ def forward_layers(
     flat: torch.Tensor,
     layouts: Sequence[Layout],
     celu_alpha: float,
-    aev: torch.Tensor,
-    elements: Sequence[torch.Tensor],
+    seen: Inputs,
     former: object = None,
     room: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, object]:
     """As potential.kernels.forward_layers; nothing is kept for the way back, where float32 is computed again."""
     if not _has_programs(flat.itemsize):
-        return layers.forward_layers(flat, layouts, celu_alpha, aev, elements, None, room)
+        return layers.forward_layers(flat, layouts, celu_alpha, seen, None, room)
+    aev = _in_order(seen)
     energies = aev.new_empty(len(flat), len(aev))
     g = aev.new_empty(len(flat), *aev.shape) if room is None else room
-    for layout, atoms in zip(layouts, elements, strict=True):
+    for layout, atoms in zip(layouts, seen.elements, strict=True):
         _run_networks(flat, layout, celu_alpha, aev, atoms, energies, g)
     return energies, g, None
+
+
+def _in_order(seen: Inputs) -> torch.Tensor:
+    return seen.aev if seen.rows is None else seen.aev.index_select(0, seen.rows)
 
 
 def _run_networks(
@@ -380,8 +384,7 @@ def backward_layers(
     layouts: Sequence[Layout],
     celu_alpha: float,
     tape: Sequence[layers.Tape] | None,
-    aev: torch.Tensor,
-    elements: Sequence[torch.Tensor],
+    seen: Inputs,
     by_energy: torch.Tensor,
     by_g: torch.Tensor,
     into: torch.Tensor,
@@ -389,11 +392,12 @@ def backward_layers(
 ) -> None:
     """As potential.kernels.backward_layers."""
     if tape is not None:
-        layers.backward_layers(flat, layouts, celu_alpha, tape, aev, elements, by_energy, by_g, into, add)
+        layers.backward_layers(flat, layouts, celu_alpha, tape, seen, by_energy, by_g, into, add)
         return
     if not add:
         into.zero_()
-    for layout, atoms in zip(layouts, elements, strict=True):
+    aev = _in_order(seen)
+    for layout, atoms in zip(layouts, seen.elements, strict=True):
         _add_gradient(flat, layout, celu_alpha, aev, atoms, by_energy, by_g, into)
 
 

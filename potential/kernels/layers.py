@@ -14,7 +14,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["N_ERRORS", "Layout", "Tape", "backward_layers", "difference", "forward_layers", "respond", "tally"]
+__all__ = [
+    "N_ERRORS",
+    "Inputs",
+    "Layout",
+    "Tape",
+    "backward_layers",
+    "difference",
+    "forward_layers",
+    "respond",
+    "tally",
+]
 
 N_ERRORS = 5  # of `respond`
 SATURATED = -40.0  # times alpha: exp(-40) is below the rounding of one; smaller values become denormal, and slow
@@ -40,6 +50,22 @@ class Layout:
 
 
 @dataclass(frozen=True)
+class Inputs:
+    """What the networks see of N atoms.
+
+    aev: (R, L). elements: of each, its atoms, (n,). rows: (N,), where each atom's AEV is; without, they are in order.
+    """
+
+    aev: Tensor
+    elements: Sequence[Tensor]
+    rows: Tensor | None = None
+
+    @property
+    def n_atoms(self) -> int:
+        return len(self.aev) if self.rows is None else len(self.rows)
+
+
+@dataclass(frozen=True)
 class Tape:
     """What the way back needs of an element's forward pass; lists run over hidden layers."""
 
@@ -52,18 +78,19 @@ def forward_layers(
     flat: Tensor,
     layouts: Sequence[Layout],
     celu_alpha: float,
-    aev: Tensor,
-    elements: Sequence[Tensor],
+    seen: Inputs,
     former: object = None,
     room: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, list[Tape]]:
     """As potential.kernels.forward_layers; no memory is used again but `room`."""
-    energies = aev.new_empty(len(flat), len(aev))
-    g = aev.new_empty(len(flat), *aev.shape) if room is None else room
+    aev = seen.aev
+    energies = aev.new_empty(len(flat), seen.n_atoms)
+    g = aev.new_empty(*energies.shape, aev.shape[1]) if room is None else room
     tape = []
-    for layout, atoms in zip(layouts, elements, strict=True):
+    for layout, atoms in zip(layouts, seen.elements, strict=True):
         layers = layout.layers(flat)
-        inputs, slopes = [aev.index_select(0, atoms)], []
+        rows = atoms if seen.rows is None else seen.rows.index_select(0, atoms)
+        inputs, slopes = [aev.index_select(0, rows)], []
         hidden = inputs[0].expand(len(flat), -1, -1)
         for weight, bias in layers[:-1]:
             z = torch.baddbmm(bias[:, None], hidden, weight.mT)
@@ -86,8 +113,7 @@ def backward_layers(
     layouts: Sequence[Layout],
     celu_alpha: float,
     tape: Sequence[Tape],
-    aev: Tensor,
-    elements: Sequence[Tensor],
+    seen: Inputs,
     by_energy: Tensor,
     by_g: Tensor,
     into: Tensor,
@@ -96,7 +122,7 @@ def backward_layers(
     """As potential.kernels.backward_layers."""
     if not add:
         into.zero_()
-    for layout, passed, atoms in zip(layouts, tape, elements, strict=True):
+    for layout, passed, atoms in zip(layouts, tape, seen.elements, strict=True):
         by = by_energy.index_select(1, atoms), by_g.index_select(1, atoms)
         _backward(layout.layers(flat), celu_alpha, passed, *by, layout.layers(into))
 

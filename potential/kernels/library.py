@@ -107,6 +107,7 @@ class Layers(ctypes.Structure):
                 "atoms",
                 "first",
                 "aev",
+                "rows",
                 "energies",
                 "g",
                 "tape",

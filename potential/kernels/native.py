@@ -17,7 +17,7 @@ from potential.kernels import reference
 from potential.kernels.bins import FLAT_CELL, NOT_FINITE
 from potential.kernels.kept import Blocks
 from potential.kernels.kept import cut as keep
-from potential.kernels.layers import N_ERRORS, Layout
+from potential.kernels.layers import N_ERRORS, Inputs, Layout
 from potential.kernels.library import (
     AevPower,
     AevShape,
@@ -346,20 +346,20 @@ def forward_layers(
     flat: torch.Tensor,
     layouts: Sequence[Layout],
     celu_alpha: float,
-    aev: torch.Tensor,
-    elements: Sequence[torch.Tensor],
+    seen: Inputs,
     former: Tape | None = None,
     room: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, Tape]:
     """As potential.kernels.forward_layers."""
-    energies = aev.new_empty(flat.shape[0], aev.shape[0])
-    g = aev.new_empty(flat.shape[0], *aev.shape) if room is None else room
-    _check("room", g, (flat.shape[0], *aev.shape))
-    if len(elements) != len(layouts):
-        raise ValueError(f"atoms of {len(elements)} elements: must be of {len(layouts)}, which have networks")
-    atoms = torch.cat(tuple(elements)).long()
-    first = np.cumsum([0, *(len(each) for each in elements)])
-    job = _layers(flat, layouts, celu_alpha, aev, atoms, first, g)
+    shape = flat.shape[0], seen.n_atoms, seen.aev.shape[1]
+    energies = flat.new_empty(shape[:2])
+    g = flat.new_empty(shape) if room is None else room
+    _check("room", g, shape)
+    if len(seen.elements) != len(layouts):
+        raise ValueError(f"atoms of {len(seen.elements)} elements: must be of {len(layouts)}, which have networks")
+    atoms = torch.cat(tuple(seen.elements)).long()
+    first = np.cumsum([0, *(len(each) for each in seen.elements)])
+    job = _layers(flat, layouts, celu_alpha, seen, atoms, first, g)
     job.energies, job.g = energies.data_ptr(), g.data_ptr()
     n_numbers = library().smelt_tape(level(), _is_double(flat), ctypes.byref(job))
     if former is not None and former.numbers.dtype == flat.dtype and len(former.numbers) >= n_numbers:
@@ -376,19 +376,18 @@ def backward_layers(
     layouts: Sequence[Layout],
     celu_alpha: float,
     tape: Tape,
-    aev: torch.Tensor,
-    elements: Sequence[torch.Tensor],
+    seen: Inputs,
     by_energy: torch.Tensor,
     by_g: torch.Tensor,
     into: torch.Tensor,
     add: bool = True,
 ) -> None:
-    """As potential.kernels.backward_layers; `elements` are on the tape."""
+    """As potential.kernels.backward_layers; the atoms of the elements are on the tape."""
     by_energy, by_g = by_energy.contiguous(), by_g.contiguous()
-    _check("by_energy", by_energy, (flat.shape[0], aev.shape[0]))
-    _check("by_g", by_g, (flat.shape[0], *aev.shape))
+    _check("by_energy", by_energy, (flat.shape[0], seen.n_atoms))
+    _check("by_g", by_g, (flat.shape[0], seen.n_atoms, seen.aev.shape[1]))
     _check("into", into, tuple(flat.shape))
-    job = _layers(flat, layouts, celu_alpha, aev, tape.atoms, tape.first, by_energy, by_g, into)
+    job = _layers(flat, layouts, celu_alpha, seen, tape.atoms, tape.first, by_energy, by_g, into)
     job.tape, job.by_energy, job.by_g = tape.numbers.data_ptr(), by_energy.data_ptr(), by_g.data_ptr()
     job.gradient, job.add = into.data_ptr(), add
     _run_layers(True, flat, job)
@@ -398,26 +397,27 @@ def _layers(
     flat: torch.Tensor,
     layouts: Sequence[Layout],
     celu_alpha: float,
-    aev: torch.Tensor,
+    seen: Inputs,
     atoms: torch.Tensor,
     first: NDArray[np.int64],
     *others: torch.Tensor,
 ) -> Layers:
-    if not all(tensor.dtype == flat.dtype and tensor.is_contiguous() for tensor in (flat, aev, *others)):
+    if not all(tensor.dtype == flat.dtype and tensor.is_contiguous() for tensor in (flat, seen.aev, *others)):
         raise ValueError(
             f"networks in training: all tensors must be contiguous and {flat.dtype}, as the parameters are"
         )
     return Layers(
         flat.shape[0],
         len(layouts),
-        aev.shape[0],
+        seen.n_atoms,
         flat.shape[1],
         _layers_shapes(tuple(layouts)),
         celu_alpha,
         flat.data_ptr(),
         atoms.data_ptr(),
         first.ctypes.data,
-        aev.data_ptr(),
+        seen.aev.data_ptr(),
+        None if seen.rows is None else seen.rows.data_ptr(),
     )
 
 

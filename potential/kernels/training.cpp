@@ -81,11 +81,16 @@ private:
         for (int64_t e = 0; e < element; ++e) before += job.n_members * tape_numbers(job, e);
         return static_cast<T*>(job.tape) + before + member * tape_numbers(job, element);
     }
-    // Rows of an array (n_atoms, per_atom) that belong to the atoms of a block.
-    template <class U> int block_rows(U* array, int64_t first, int64_t per_atom, U** out) const {
-        const int n_rows = int(n_atoms - first < BLOCK ? n_atoms - first : BLOCK);
+    // Of the block that begins with this atom: how many atoms, and their rows of an array (n_atoms, per_atom).
+    int rows_from(int64_t first) const { return int(n_atoms - first < BLOCK ? n_atoms - first : BLOCK); }
+    template <class U> void block_rows(U* array, int64_t first, int64_t per_atom, U** out) const {
+        const int n_rows = rows_from(first);
         for (int r = 0; r < n_rows; ++r) out[r] = array + atoms[first + r] * per_atom;
-        return n_rows;
+    }
+    void aev_rows(int64_t first, const T** out) const {
+        const T* aev = static_cast<const T*>(job.aev);
+        if (!job.rows) return block_rows(aev, first, length, out);
+        for (int r = 0; r < rows_from(first); ++r) out[r] = aev + job.rows[atoms[first + r]] * length;
     }
     // What is this member's of an array (n_members, n_atoms, per_atom).
     T* own(void* array, int64_t per_atom) const { return static_cast<T*>(array) + member * job.n_atoms * per_atom; }
@@ -109,7 +114,8 @@ template <class T> void Layers<T>::forward() {
 template <class T> void Layers<T>::forward_block(int64_t first) {
     const T* from[BLOCK];
     T* to[BLOCK];
-    const int n_rows = block_rows(static_cast<const T*>(job.aev), first, length, from), n_lanes = D::whole(n_rows);
+    const int n_rows = rows_from(first), n_lanes = D::whole(n_rows);
+    aev_rows(first, from);
     D::to_lanes(length, n_rows, from, input);
     T *out = tape(first), *pull = out + 2 * all_hidden * BLOCK;
     const Runs filled = D::filled(length, n_rows, {from}, room);
@@ -155,7 +161,8 @@ template <class T> void Layers<T>::gradient() {
 
 template <class T> void Layers<T>::gradient_block(int64_t first) {
     const T *aev[BLOCK], *by_g[BLOCK], *by_energy[BLOCK];
-    const int n_rows = block_rows(static_cast<const T*>(job.aev), first, length, aev), n_lanes = D::whole(n_rows);
+    const int n_rows = rows_from(first), n_lanes = D::whole(n_rows);
+    aev_rows(first, aev);
     block_rows(own(job.by_g, length), first, length, by_g);
     block_rows(own(job.by_energy, 1), first, 1, by_energy);
     T weights[BLOCK];

@@ -16,7 +16,8 @@ struct LayersJob {
     double celu_alpha;
     const void* parameters;
     const int64_t *atoms, *first;     // those of element e are atoms[first[e]] .. atoms[first[e + 1]]
-    const void* aev;                  // (n_atoms, length)
+    const void* aev;                  // (.., length), that of an atom in row rows[atom]
+    const int64_t* rows;              // (n_atoms,), or null where atoms are rows
     void *energies, *g;               // (n_members, n_atoms) and dE/dAEV (n_members, n_atoms, length)
     void* tape;                       // (tape_numbers,): what the gradient needs of the forward pass
     const void *by_energy, *by_g;     // cotangents of energies and g

@@ -61,7 +61,7 @@ def test_forces_and_stress_of_training_equal_those_of_the_committee(committee, k
         [with_jacobian(geometry, committee.aev) if kept else geometry for geometry in geometries], committee.aev
     )
     networks = Networks.of(committee)
-    energies, g, _ = networks.forward(networks.take(committee, torch.float64), block.aev, block.elements)
+    energies, g, _ = networks.forward(networks.take(committee, torch.float64), block.seen)
     forces, virial = block.project(g)
     expected = committee.evaluate(Structures.from_frames(frames, ELEMENTS), forces="members", stress=True)
     stress = virial / torch.tensor([frame.volume_A3 for frame in frames])[:, None]
@@ -77,7 +77,7 @@ def test_without_a_virial_to_compare_with_forces_are_the_same_and_less_is_kept(c
     whole = [with_jacobian(geometry, committee.aev) for geometry in geometries]
     less = [with_jacobian(geometry, committee.aev, virial_known=False) for geometry in geometries]
     blocks = [join(each, committee.aev) for each in (whole, less)]
-    g = torch.randn(2, *blocks[0].aev.shape, dtype=torch.float64)
+    g = torch.randn(2, *blocks[0].seen.aev.shape, dtype=torch.float64)
     (forces, _), (same, nothing) = (block.project(g) for block in blocks)
     assert torch.equal(forces, same)
     assert not nothing.any()
@@ -89,7 +89,7 @@ def test_lift_is_the_transpose_of_project(committee):
     torch.manual_seed(0)
     frames = [frame for frame, _ in emt_rows(2, seed=6, elements=ELEMENTS)]
     block = join(describe(Structures.from_frames(frames, ELEMENTS), committee.aev, torch.float64), committee.aev)
-    g = torch.randn(2, *block.aev.shape, dtype=torch.float64)
+    g = torch.randn(2, *block.seen.aev.shape, dtype=torch.float64)
     forces, virial = block.project(g)
     a, b = torch.randn_like(forces), torch.randn_like(virial)
     assert float((a * forces).sum() + (b * virial).sum()) == pytest.approx(

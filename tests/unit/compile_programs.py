@@ -14,7 +14,7 @@ from triton.runtime import driver
 
 from potential.aev import AEVParameters
 from potential.config import PotentialSettings
-from potential.kernels import Layout, gpu
+from potential.kernels import Inputs, Layout, gpu
 from potential.structures import Structures
 from shards.frame import Frame
 
@@ -62,8 +62,9 @@ def main() -> None:
     gpu.aev_jvp(vec, row, pair.species, vec.expand(3, -1, -1), p)
     flat, layout = torch.zeros(2, (p.length + 1) * 16 + 17), Layout((p.length, 16, 1), (0, (p.length + 1) * 16))
     aev = torch.zeros(2, p.length)
-    energies, g, tape = gpu.forward_layers(flat, [layout], 0.1, aev, [other])
-    gpu.backward_layers(flat, [layout], 0.1, tape, aev, [other], energies, g, torch.zeros_like(flat))
+    seen = Inputs(aev, [other])
+    energies, g, tape = gpu.forward_layers(flat, [layout], 0.1, seen)
+    gpu.backward_layers(flat, [layout], 0.1, tape, seen, energies, g, torch.zeros_like(flat))
 
 
 if __name__ == "__main__":

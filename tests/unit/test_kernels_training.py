@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from potential.kernels import Layout, library, native, reference
+from potential.kernels import Inputs, Layout, library, native, reference
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="the C++ kernels are not built")
 
@@ -45,10 +45,13 @@ def pass_through_layers(kernels, dtype, device="cpu", holes=slice(0)) -> tuple[T
     flat, aev, by_energy, by_g = (each.to(device) for each in (flat, aev, by_energy, by_g))
     order = HOLEY.int().argsort(stable=True)
     elements = [order[element[order] == number].to(device) for number in range(len(LAYOUTS))]
-    energies, g, tape = kernels.forward_layers(flat, LAYOUTS, CELU_ALPHA, aev, elements)
+    # AEVs of these atoms among others.
+    rows = torch.randperm(2 * N_ATOMS, generator=random)[:N_ATOMS].to(device)
+    seen = Inputs(aev.new_full((2 * N_ATOMS, LENGTH), torch.nan).index_copy_(0, rows, aev), elements, rows)
+    energies, g, tape = kernels.forward_layers(flat, LAYOUTS, CELU_ALPHA, seen)
     gradient = torch.full_like(flat, torch.nan)
     for add in (False, True):
-        kernels.backward_layers(flat, LAYOUTS, CELU_ALPHA, tape, aev, elements, by_energy, by_g, gradient, add)
+        kernels.backward_layers(flat, LAYOUTS, CELU_ALPHA, tape, seen, by_energy, by_g, gradient, add)
     return energies, g, gradient / 2
 
 
@@ -72,10 +75,11 @@ def test_memory_of_a_former_pass_is_used_again_and_leaves_no_trace(simd):
     by_energy, by_g = torch.rand(N_MEMBERS, N_ATOMS), torch.rand(N_MEMBERS, N_ATOMS, LENGTH)
 
     def through(atoms: Tensor, former: native.Tape | None) -> tuple[native.Tape, Tensor]:
-        elements, room, gradient = atoms.split([50, len(atoms) - 50]), torch.empty_like(by_g), torch.zeros_like(flat)
-        _, g, tape = native.forward_layers(flat, LAYOUTS, CELU_ALPHA, aev, elements, former, room)
+        seen, room = Inputs(aev, atoms.split([50, len(atoms) - 50])), torch.empty_like(by_g)
+        gradient = torch.zeros_like(flat)
+        _, g, tape = native.forward_layers(flat, LAYOUTS, CELU_ALPHA, seen, former, room)
         assert g is room
-        native.backward_layers(flat, LAYOUTS, CELU_ALPHA, tape, aev, elements, by_energy, by_g, gradient)
+        native.backward_layers(flat, LAYOUTS, CELU_ALPHA, tape, seen, by_energy, by_g, gradient)
         return tape, gradient
 
     former, _ = through(torch.arange(N_ATOMS), None)
@@ -150,10 +154,11 @@ def test_the_derivative_is_that_of_the_loss():
 @pytest.mark.parametrize("kernels", [native, reference])
 def test_an_element_without_atoms_changes_nothing(kernels):
     flat, aev, none = torch.ones(N_MEMBERS, N_PARAMETERS), torch.rand(3, LENGTH), torch.empty(0, dtype=torch.int64)
-    elements, gradient = [torch.arange(3), none], torch.full_like(flat, 7.0)
-    energies, g, tape = kernels.forward_layers(flat, LAYOUTS, CELU_ALPHA, aev, elements)
-    kernels.backward_layers(flat, LAYOUTS, CELU_ALPHA, tape, aev, elements, energies, g, gradient)
-    assert torch.equal(energies, kernels.forward_layers(flat, LAYOUTS[:1], CELU_ALPHA, aev, elements[:1])[0])
+    seen, gradient = Inputs(aev, [torch.arange(3), none]), torch.full_like(flat, 7.0)
+    energies, g, tape = kernels.forward_layers(flat, LAYOUTS, CELU_ALPHA, seen)
+    kernels.backward_layers(flat, LAYOUTS, CELU_ALPHA, tape, seen, energies, g, gradient)
+    alone = kernels.forward_layers(flat, LAYOUTS[:1], CELU_ALPHA, Inputs(aev, seen.elements[:1]))
+    assert torch.equal(energies, alone[0])
     of_second = LAYOUTS[1].offsets[0]
     assert (gradient[:, :of_second] != 7).any()
     assert (gradient[:, of_second:] == 7).all()
@@ -163,7 +168,7 @@ def test_an_element_without_atoms_changes_nothing(kernels):
 def test_saturated_networks_meet_no_denormal_numbers(kernels):
     layout = Layout((3, 4, 4, 1), (0, 16, 36))
     flat, aev, atoms = torch.full((1, 41), -50.0), torch.ones(2, 3), torch.arange(2)
-    energies, g, tape = kernels.forward_layers(flat, [layout], CELU_ALPHA, aev, [atoms])
+    energies, g, tape = kernels.forward_layers(flat, [layout], CELU_ALPHA, Inputs(aev, [atoms]))
     # The native tape has blocks of 64 atoms in the lanes; nothing is written to those that have no atom.
     kept = (
         tape.numbers.view(-1, 64)[:, :2]
@@ -179,11 +184,11 @@ def test_saturated_networks_meet_no_denormal_numbers(kernels):
 def test_what_does_not_fit_is_refused():
     flat, aev, elements = torch.ones(2, N_PARAMETERS), torch.ones(3, LENGTH), [torch.arange(2), torch.arange(2, 3)]
     with pytest.raises(ValueError, match=rf"room is \(2, 4, {LENGTH}\) on cpu: must be \(2, 3, {LENGTH}\)"):
-        native.forward_layers(flat, LAYOUTS, CELU_ALPHA, aev, elements, room=torch.empty(2, 4, LENGTH))
+        native.forward_layers(flat, LAYOUTS, CELU_ALPHA, Inputs(aev, elements), room=torch.empty(2, 4, LENGTH))
     with pytest.raises(ValueError, match=r"contiguous and torch.float32, as the parameters are"):
-        native.forward_layers(flat, LAYOUTS, CELU_ALPHA, aev.double(), elements)
+        native.forward_layers(flat, LAYOUTS, CELU_ALPHA, Inputs(aev.double(), elements))
     with pytest.raises(ValueError, match=r"atoms of 1 elements: must be of 2, which have networks"):
-        native.forward_layers(flat, LAYOUTS, CELU_ALPHA, aev, elements[:1])
+        native.forward_layers(flat, LAYOUTS, CELU_ALPHA, Inputs(aev, elements[:1]))
     short = torch.ones(9, LENGTH - 1), torch.ones(1, 3), torch.ones(1, 6), torch.ones(2, 1, LENGTH), torch.ones(2, 1)
     with pytest.raises(
         ValueError, match=rf"jacobians are \(9, {LENGTH - 1}\): must be \(3 n \+ 6, n x {LENGTH}\), 1 atoms"
