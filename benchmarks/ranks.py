@@ -31,7 +31,7 @@ from trainer.launch import DEFAULT_LAUNCHER, rank_environment
 from trainer.networks import Networks
 from trainer.optimiser import Adam
 from trainer.problem import Problem
-from trainer.step import step_gradient
+from trainer.step import Steps
 from trainer.world import join_world
 
 PER_RANK, N_STEPS, N_ROUNDS = 32, 40, 5
@@ -61,11 +61,11 @@ def rank(n_ranks: int) -> None:
         problem = Problem(dataset, np.zeros(1), networks, committee.aev, ["Al"], 8, settings, world.rank, world.n_ranks)
     parameters = networks.take(committee, torch.float32)
     adam, rates = Adam.like(parameters), torch.full((8,), 1e-9, dtype=torch.float64)
-    seconds = []
+    steps, seconds = Steps(problem, parameters), []
     for number in range(N_STEPS):
         (structures,) = problem.windows.epoch(0, number)
         wall, cpu = time.perf_counter(), time.process_time()
-        gradient, _ = step_gradient(problem, parameters, structures)
+        gradient = steps.gradient(structures)
         world.add_up(gradient, "gradient")
         adam.update(parameters, gradient, rates)
         seconds.append((time.perf_counter() - wall, time.process_time() - cpu))

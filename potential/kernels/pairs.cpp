@@ -125,15 +125,27 @@ template <class T> int64_t have_moved(int64_t n_frames, const int64_t* first, co
     return n_moved;
 }
 
-// Shortest of the listed pairs of atoms [low, high).
+// Shortest of the listed pairs of atoms [low, high). Images in cells next to each other, which are nearly all, come from
+// a table: whether a pair is within one cell is as good as random in small ones, and a branch on it costs most.
 template <class T> double shortest(const int64_t* row, const int64_t* other, const int32_t* shift, const T* positions,
                                    const T* cell, int64_t low, int64_t high) {
-    double least = std::numeric_limits<double>::infinity();
+    double moves[27][3], least = std::numeric_limits<double>::infinity();
+    const auto move = [&](const int32_t* turn, int k) {
+        return turn[0] * double(cell[k]) + turn[1] * double(cell[3 + k]) + turn[2] * double(cell[6 + k]);
+    };
+    for (int n = 0; n < 27; ++n) {
+        const int32_t turn[3] = {n / 9 - 1, n / 3 % 3 - 1, n % 3 - 1};
+        for (int k = 0; k < 3; ++k) moves[n][k] = move(turn, k);
+    }
     for (int64_t i = low; i < high; ++i) {
         for (int64_t e = row[i]; e < row[i + 1]; ++e) {
+            const int32_t* turn = shift + 3 * e;
+            const uint32_t a = turn[0] + 1, b = turn[1] + 1, c = turn[2] + 1;
+            const bool near = (a < 3) & (b < 3) & (c < 3);
             double squared = 0;
             for (int k = 0; k < 3; ++k) {
-                const double d = apart(positions, cell, i, other[e], shift + 3 * e, k);
+                const double direct = double(positions[3 * other[e] + k]) - double(positions[3 * i + k]);
+                const double d = direct + (near ? moves[9 * a + 3 * b + c][k] : move(turn, k));
                 squared += d * d;
             }
             least = squared < least ? squared : least;
