@@ -53,6 +53,8 @@ template <class T> struct Neighbours {
 };
 
 struct Segment { int j, k, n, at; };                  // pairs (j, k..k+n) at `at` in the chunk
+// What of a chunk belongs to two species: all of it, or what is left from the chunk before, or for the next.
+struct Range { int first, second, begin, end; bool is_first, is_last; };
 
 // What an atom sees: vectors (n, 3) and species (n,).
 template <class T> struct Edges {
@@ -86,7 +88,8 @@ template <class T> class Worker {
     // one chunk of pairs: geometry, features with derivatives, results
     T *cosine, *mean_r, *weight, *R, *dR, *Z, *dZ, *U, *dU, *tangents, *results;
     Segment* segments;
-    int n_segments = 0, slots_max = 0;
+    Range* ranges;
+    int n_segments = 0, n_ranges = 0, slots_max = 0;
     V* sums;                                          // (n_items, a_pad, z_pad) lanes of the outer products
     T *coefficients, *per_slot, *of_first, *scratch;
 
@@ -129,11 +132,12 @@ private:
         for (Neighbours<T>* list : {&radial, &angular}) allocate(*list, arena, edges);
         near = arena.take<int>(edges + 1), count = arena.take<int>(n_species);
         for (T** a : {&cosine, &mean_r, &weight}) *a = arena.take<T>(CHUNK + W);
-        for (T** a : {&R, &dR, &U}) *a = arena.take<T>(a_pad * CHUNK);
-        for (T** a : {&Z, &dZ, &dU}) *a = arena.take<T>(z_pad * CHUNK);
+        // With slack: a range need not end where a vector does.
+        for (T** a : {&R, &dR, &U}) *a = arena.take<T>(a_pad * CHUNK + 2 * W);
+        for (T** a : {&Z, &dZ, &dU}) *a = arena.take<T>(z_pad * CHUNK + 2 * W);
         tangents = arena.take<T>(n_items * 3 * (CHUNK + W));
         results = arena.take<T>(n_items * 3 * RESULT);
-        segments = arena.take<Segment>(CHUNK);
+        segments = arena.take<Segment>(CHUNK), ranges = arena.take<Range>(CHUNK);
         sums = arena.take<V>((n_items > 1 ? n_items : 1) * a_pad * z_pad); // AEVs have no items
         coefficients = arena.take<T>(size_t(n_items) * (radial_pad > a_pad * z_pad ? radial_pad : a_pad * z_pad));
         per_slot = arena.take<T>(size_t(n_items) * 4 * slots_max);
@@ -148,8 +152,8 @@ private:
         for (int a = 0; a < a_pad; ++a) angular_shift[a] = a < n_a ? T(shape.angular_shifts[a]) : 0;
         for (int z = 0; z < z_pad; ++z) turn_cos[z] = z < n_z ? T(shape.angle_cos[z] / reach) : 0;
         for (int z = 0; z < z_pad; ++z) turn_sin[z] = z < n_z ? T(shape.angle_sin[z] / reach) : 0;
-        for (T* a : {R, dR, U}) memset(a + n_a * CHUNK, 0, sizeof(T) * (a_pad - n_a) * CHUNK);
-        for (T* z : {Z, dZ, dU}) memset(z + n_z * CHUNK, 0, sizeof(T) * (z_pad - n_z) * CHUNK);
+        for (T* a : {R, dR, U}) memset(a + n_a * CHUNK, 0, sizeof(T) * ((a_pad - n_a) * CHUNK + 2 * W));
+        for (T* z : {Z, dZ, dU}) memset(z + n_z * CHUNK, 0, sizeof(T) * ((z_pad - n_z) * CHUNK + 2 * W));
     }
 
     // Offset of the angular block of species i <= j: rows of the upper triangle, one after the other.
@@ -164,21 +168,23 @@ private:
 
     void find(Neighbours<T>& list, const Edges<T>& edges, T cutoff);
     void measure(Neighbours<T>& list, T cutoff);
-    template <class Fill, class Flush> INLINE void for_each_chunk(int first, int second, Fill fill, Flush flush);
+    template <class Fill, class Flush> INLINE void for_each_chunk(Fill fill, Flush flush);
     INLINE void pair_geometry(int j, int k, int n, int at);
     INLINE void pair_weight(int j, int k, int n, int at);
     void pair_tangents(int j, int k, int n, int at);
-    void outer_tangents(int n);
+    void tangent_factors(int n, int item);
     template <bool DERIVATIVE> void features(int n) {
         fitted ? features<DERIVATIVE, true>(n) : features<DERIVATIVE, false>(n);
     }
     template <bool DERIVATIVE, bool FITTED> void features(int n);
-    template <bool SECOND> void outer(int n, const T* left, const T* right, const T* left2, const T* right2, V* sum);
-    void store_sums(const V* sum, T* out);
+    template <bool SECOND>
+    void outer(const Range& range, const T* left, const T* right, const T* left2, const T* right2, V* sum);
+    void store_sums(const Range& range, V* sum, T* out);
     void radial_forward(T* out);
     template <int M> void radial_vjp(Items<const T> cotangent, Items<T> out, int item);
     template <int M> void radial_jvp(Items<T> out, int item);
-    void contract(int n, int item);
+    void load_coefficients(const Range& range, Items<const T> cotangent);
+    void contract(const Range& range, int item);
     template <int C> void contract_at(int t, int item);
     template <int M> void scatter(int item);
     void add_first();
@@ -300,20 +306,29 @@ template <class T> template <int M> void Worker<T>::radial_jvp(Items<T> out, int
 
 // ---- pairs of neighbours -------------------------------------------------------------------------------------------
 
-// All pairs of the present species `first` <= `second`, packed into chunks: fill(j, k, n, at) computes what belongs to
-// the pairs (j, k..k+n), flush(n) uses a chunk of n pairs, n a multiple of the lane count.
-template <class T> template <class Fill, class Flush>
-INLINE void Worker<T>::for_each_chunk(int first, int second, Fill fill, Flush flush) {
+// All pairs, those of the same two species in a row, packed into chunks: fill(j, k, n, at) computes what belongs to the
+// pairs (j, k..k+n), flush(n) uses a chunk of n pairs, n a multiple of the lane count.
+template <class T> template <class Fill, class Flush> INLINE void Worker<T>::for_each_chunk(Fill fill, Flush flush) {
     int n = 0;
-    n_segments = 0;
-    const int last = angular.end[second];
-    for (int j = angular.begin[first]; j < angular.end[first]; ++j) {
-        for (int k = first == second ? j + 1 : angular.begin[second], taken; k < last; k += taken) {
-            taken = int(lesser(last - k, CHUNK - n));
-            segments[n_segments++] = {j, k, taken, n};
-            fill(j, k, taken, n);
-            n += taken;
-            if (n == CHUNK) flush(n), n = n_segments = 0;
+    n_segments = n_ranges = 0;
+    for (int first = 0; first < angular.n_present; ++first) {
+        for (int second = first; second < angular.n_present; ++second) {
+            const int last = angular.end[second];
+            int begin = n;
+            bool is_first = true;
+            for (int j = angular.begin[first]; j < angular.end[first]; ++j) {
+                for (int k = first == second ? j + 1 : angular.begin[second], taken; k < last; k += taken) {
+                    if (n == CHUNK) {
+                        if (n > begin) ranges[n_ranges++] = {first, second, begin, n, is_first, false}, is_first = false;
+                        flush(n), n = n_segments = n_ranges = begin = 0;
+                    }
+                    taken = int(lesser(last - k, CHUNK - n));
+                    segments[n_segments++] = {j, k, taken, n};
+                    fill(j, k, taken, n);
+                    n += taken;
+                }
+            }
+            if (n > begin) ranges[n_ranges++] = {first, second, begin, n, is_first, true};
         }
     }
     if (!n) return;
@@ -382,30 +397,37 @@ template <class T> template <bool DERIVATIVE, bool FITTED> void Worker<T>::featu
     }
 }
 
-// sum[a][z] += left_a right_z (+ left2_a right2_z), lane by lane.
+// sum[a][z] += left_a right_z (+ left2_a right2_z) over a range, lane by lane.
 template <class T> template <bool SECOND>
-void Worker<T>::outer(int n, const T* left, const T* right, const T* left2, const T* right2, V* sum) {
+void Worker<T>::outer(const Range& range, const T* left, const T* right, const T* left2, const T* right2, V* sum) {
     for (int a = 0; a < a_pad; a += ROWS) {
         for (int z = 0; z < z_pad; z += BLOCK) {
             V block[ROWS][BLOCK];
             for (int p = 0; p < ROWS; ++p)
                 for (int q = 0; q < BLOCK; ++q) block[p][q] = sum[(a + p) * z_pad + z + q];
-            for (int t = 0; t < n; t += W) {
+            const auto add = [&](int t, auto load) {
                 for (int p = 0; p < ROWS; ++p) {
-                    V f = S::load(left + (a + p) * CHUNK + t);
-                    for (int q = 0; q < BLOCK; ++q) block[p][q] += f * S::load(right + (z + q) * CHUNK + t);
+                    V f = load(left + (a + p) * CHUNK + t);
+                    for (int q = 0; q < BLOCK; ++q) block[p][q] += f * load(right + (z + q) * CHUNK + t);
                     if (!SECOND) continue;
-                    V f2 = S::load(left2 + (a + p) * CHUNK + t);
-                    for (int q = 0; q < BLOCK; ++q) block[p][q] += f2 * S::load(right2 + (z + q) * CHUNK + t);
+                    V f2 = load(left2 + (a + p) * CHUNK + t);
+                    for (int q = 0; q < BLOCK; ++q) block[p][q] += f2 * load(right2 + (z + q) * CHUNK + t);
                 }
-            }
+            };
+            int t = range.begin;
+            for (; t + W <= range.end; t += W) add(t, [](const T* p) { return S::load(p); });
+            // What lies beyond may be another atom's, and not a number.
+            const typename S::Mask mask = S::lanes(0, range.end - t);
+            if (t < range.end) add(t, [mask](const T* p) { return S::load_masked(p, mask); });
             for (int p = 0; p < ROWS; ++p)
                 for (int q = 0; q < BLOCK; ++q) sum[(a + p) * z_pad + z + q] = block[p][q];
         }
     }
 }
 
-template <class T> void Worker<T>::store_sums(const V* sum, T* out) {
+// Put the sums of two species where they belong, and begin anew.
+template <class T> void Worker<T>::store_sums(const Range& range, V* sum, T* out) {
+    out += angular_block(angular.species[range.first], angular.species[range.second]);
     for (int a = 0; a < n_a; ++a) {
         for (int z = 0; z < n_z; z += BLOCK) {
             T values[BLOCK];
@@ -413,16 +435,26 @@ template <class T> void Worker<T>::store_sums(const V* sum, T* out) {
             for (int q = 0; q < BLOCK && z + q < n_z; ++q) out[a * n_z + z + q] = values[q];
         }
     }
+    memset(sum, 0, sizeof(V) * a_pad * z_pad);
 }
 
 // ---- transposed derivative of the angular part ---------------------------------------------------------------------
 
 // With g_z = sum_a R_a G[a][z] and h_z = sum_a dR_a G[a][z], the three numbers of a pair:
 // results = (sum_z g_z Z_z, sum_z h_z Z_z, sum_z g_z dZ_z), still without the weight P.
-template <class T> void Worker<T>::contract(int n, int item) {
-    int t = 0;
-    for (; t + 2 * W <= n; t += 2 * W) contract_at<2>(t, item); // two vectors share loads
-    for (; t < n; t += W) contract_at<1>(t, item);
+template <class T> void Worker<T>::contract(const Range& range, int item) {
+    int t = range.begin;
+    for (; t + W < range.end; t += 2 * W) contract_at<2>(t, item); // two vectors share loads
+    for (; t < range.end; t += W) contract_at<1>(t, item);
+}
+
+template <class T> void Worker<T>::load_coefficients(const Range& range, Items<const T> cotangent) {
+    const int block = angular_block(angular.species[range.first], angular.species[range.second]);
+    for (int m = 0; m < n_items; ++m) {
+        const T* row = cotangent[m] + block;
+        for (int a = 0; a < n_a; ++a)
+            for (int z = 0; z < z_pad; ++z) coefficients[(m * a_pad + a) * z_pad + z] = z < n_z ? row[a * n_z + z] : 0;
+    }
 }
 
 template <class T> template <int C> INLINE void Worker<T>::contract_at(int t, int item) {
@@ -576,19 +608,16 @@ template <class T> void Worker<T>::pair_tangents(int j, int k, int n, int at) {
     }
 }
 
-// The two products of every item: d(R P)^T Z + (R P)^T dZ.
-template <class T> void Worker<T>::outer_tangents(int n) {
-    for (int m = 0; m < n_items; ++m) {
-        const T* by_r = tangents + 3 * m * (CHUNK + W);
-        for (int t = 0; t < n; t += W) {
-            V alpha = S::load(by_r + t), beta = S::load(by_r + CHUNK + W + t);
-            V gamma = S::load(by_r + 2 * (CHUNK + W) + t);
-            for (int a = 0; a < n_a; ++a) {
-                S::store(U + a * CHUNK + t, alpha * S::load(dR + a * CHUNK + t) + beta * S::load(R + a * CHUNK + t));
-            }
-            for (int z = 0; z < n_z; ++z) S::store(dU + z * CHUNK + t, gamma * S::load(dZ + z * CHUNK + t));
+// Factors of the two products of an item, d(R P)^T Z + (R P)^T dZ: U = d(R P) and dU = P dZ.
+template <class T> void Worker<T>::tangent_factors(int n, int item) {
+    const T* by_r = tangents + 3 * item * (CHUNK + W);
+    for (int t = 0; t < n; t += W) {
+        V alpha = S::load(by_r + t), beta = S::load(by_r + CHUNK + W + t);
+        V gamma = S::load(by_r + 2 * (CHUNK + W) + t);
+        for (int a = 0; a < n_a; ++a) {
+            S::store(U + a * CHUNK + t, alpha * S::load(dR + a * CHUNK + t) + beta * S::load(R + a * CHUNK + t));
         }
-        outer<true>(n, U, Z, R, dU, sums + m * a_pad * z_pad);
+        for (int z = 0; z < n_z; ++z) S::store(dU + z * CHUNK + t, gamma * S::load(dZ + z * CHUNK + t));
     }
 }
 
@@ -597,15 +626,15 @@ template <class T> void Worker<T>::outer_tangents(int n) {
 template <class T> void Worker<T>::forward(T* out) {
     memset(out, 0, sizeof(T) * length);
     radial_forward(out);
-    for (int first = 0; first < angular.n_present; ++first) {
-        for (int second = first; second < angular.n_present; ++second) {
-            memset(sums, 0, sizeof(V) * a_pad * z_pad);
-            for_each_chunk(first, second,
-                [&](int j, int k, int n, int at) { pair_geometry(j, k, n, at), pair_weight(j, k, n, at); },
-                [&](int n) { features<false>(n), outer<false>(n, R, Z, nullptr, nullptr, sums); });
-            store_sums(sums, out + angular_block(angular.species[first], angular.species[second]));
-        }
-    }
+    memset(sums, 0, sizeof(V) * a_pad * z_pad);
+    for_each_chunk([&](int j, int k, int n, int at) { pair_geometry(j, k, n, at), pair_weight(j, k, n, at); },
+        [&](int n) {
+            features<false>(n);
+            for (const Range* range = ranges; range < ranges + n_ranges; ++range) {
+                outer<false>(*range, R, Z, nullptr, nullptr, sums);
+                if (range->is_last) store_sums(*range, sums, out);
+            }
+        });
 }
 
 template <class T> void Worker<T>::vjp(int n_edges, Items<const T> cotangent, Items<T> out) {
@@ -616,25 +645,17 @@ template <class T> void Worker<T>::vjp(int n_edges, Items<const T> cotangent, It
     for (; item < n_items; ++item) radial_vjp<1>(cotangent, out, item);
     for (int i = 0; i < 4 * n_items; ++i) memset(slot_array(0, i), 0, sizeof(T) * angular.n_slots);
     memset(of_first, 0, sizeof(T) * first_step() * angular.n_slots);
-    for (int first = 0; first < angular.n_present; ++first) {
-        for (int second = first; second < angular.n_present; ++second) {
-            const int block = angular_block(angular.species[first], angular.species[second]);
-            for (int m = 0; m < n_items; ++m) {
-                const T* row = cotangent[m] + block;
-                for (int a = 0; a < n_a; ++a)
-                    for (int z = 0; z < z_pad; ++z)
-                        coefficients[(m * a_pad + a) * z_pad + z] = z < n_z ? row[a * n_z + z] : 0;
+    for_each_chunk([&](int j, int k, int n, int at) { pair_geometry(j, k, n, at); },
+        [&](int n) {
+            features<true>(n);
+            for (const Range* range = ranges; range < ranges + n_ranges; ++range) {
+                if (range->is_first) load_coefficients(*range, cotangent);
+                for (int m = 0; m < n_items; ++m) contract(*range, m);
             }
-            for_each_chunk(first, second, [&](int j, int k, int n, int at) { pair_geometry(j, k, n, at); },
-                [&](int n) {
-                    features<true>(n);
-                    for (int m = 0; m < n_items; ++m) contract(n, m);
-                    int m = 0;
-                    for (; m + TOGETHER <= n_items; m += TOGETHER) scatter<TOGETHER>(m);
-                    for (; m < n_items; ++m) scatter<1>(m);
-                });
-        }
-    }
+            int m = 0;
+            for (; m + TOGETHER <= n_items; m += TOGETHER) scatter<TOGETHER>(m);
+            for (; m < n_items; ++m) scatter<1>(m);
+        });
     add_first();
     for (int m = 0; m < n_items; ++m) store_gradients(out[m], m);
 }
@@ -647,16 +668,19 @@ template <class T> void Worker<T>::jvp(Items<const T> tangent, Items<T> out) {
     for (; item + 4 <= n_items; item += 4) radial_jvp<4>(out, item);
     for (; item < n_items; ++item) radial_jvp<1>(out, item);
     for (int m = 0; m < n_items; ++m) load_tangents(angular, tangent[m], m);
-    for (int first = 0; first < angular.n_present; ++first) {
-        for (int second = first; second < angular.n_present; ++second) {
-            memset(sums, 0, sizeof(V) * n_items * a_pad * z_pad);
-            for_each_chunk(first, second,
-                [&](int j, int k, int n, int at) { pair_geometry(j, k, n, at), pair_tangents(j, k, n, at); },
-                [&](int n) { features<true>(n), outer_tangents(n); });
-            const int block = angular_block(angular.species[first], angular.species[second]);
-            for (int m = 0; m < n_items; ++m) store_sums(sums + m * a_pad * z_pad, out[m] + block);
-        }
-    }
+    memset(sums, 0, sizeof(V) * n_items * a_pad * z_pad);
+    for_each_chunk([&](int j, int k, int n, int at) { pair_geometry(j, k, n, at), pair_tangents(j, k, n, at); },
+        [&](int n) {
+            features<true>(n);
+            for (int m = 0; m < n_items; ++m) {
+                tangent_factors(n, m);
+                for (const Range* range = ranges; range < ranges + n_ranges; ++range) {
+                    V* sum = sums + m * a_pad * z_pad;
+                    outer<true>(*range, U, Z, R, dU, sum);
+                    if (range->is_last) store_sums(*range, sum, out[m]);
+                }
+            }
+        });
 }
 
 // ---- many atoms ----------------------------------------------------------------------------------------------------
