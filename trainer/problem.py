@@ -36,7 +36,7 @@ ATOMS_PER_BLOCK = 2048
 ATOMS_PER_BLOCK_GPU, ATOMS_PER_BLOCK_GPU_ALONE = 32_768, 131_072  # the latter of a single member
 BLOCKS_AHEAD = 4
 N_SAMPLED, N_DERIVED, MOST_DERIVED = 64, 4, 128  # structures whose sizes are measured; atoms of the last
-OBJECTS_BYTES = 5100  # of the Python objects of one Example, measured
+OBJECTS_BYTES = 2000  # of the Python objects of a structure with its Jacobian, measured
 
 
 class Problem:

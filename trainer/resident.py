@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -44,37 +45,32 @@ class Resident:
         self, parts: Iterable[tuple[NDArray[np.int64], Sequence[Example]]], n_atoms: int, p: AEVParameters
     ) -> None:
         self._p = p
-        numbers: list[int] = []
-        kinds = np.zeros(n_atoms + 1, dtype=np.int64)
+        self._kinds = np.zeros(n_atoms + 1, dtype=np.int64)
         self._jacobians: list[Kept] = []
-        pairs: dict[str, list[Tensor]] = {"vec": [], "other": [], "centre": []}
-        counts, virial, energy, volume, end = [], [], [], [], 0
+        vec, other = list[Tensor](), list[Tensor]()
+        numbers, counts, virial, energy, volume, end = list[int](), [], [], [], [], 0
         for structures, examples in parts:
             geometries = [example.geometry for example in examples]
-            aev = torch.cat([geometry.aev for geometry in geometries])
-            if not end:
-                self._aev, self._forces = (
-                    aev.new_zeros(n_atoms + 1, p.length),
-                    aev.new_full((n_atoms + 1, 3), torch.nan),
-                )
-                self._species = aev.new_zeros(n_atoms + 1, dtype=torch.int64)
-            begin, end = end, end + len(aev)
-            self._aev[begin:end] = aev
+            if not numbers:
+                like = geometries[0].aev
+                self._aev, self._forces = like.new_zeros(n_atoms + 1, p.length), like.new_zeros(n_atoms + 1, 3)
+                self._species, self._count = like.new_zeros(2, n_atoms + 1, dtype=torch.int64)
+            begin, end = end, end + sum(len(geometry.aev) for geometry in geometries)
             self._forces[begin:end] = torch.cat([example.forces for example in examples])
-            self._species[begin:end] = torch.cat([geometry.species for geometry in geometries])
-            kinds[begin:end] = np.concatenate([geometry.kinds for geometry in geometries])
-            for name, values in pairs.items():
-                values.append(torch.cat([getattr(geometry, name) for geometry in geometries]))
+            self._put(geometries, slice(begin, end))
+            vec.append(torch.cat([geometry.vec for geometry in geometries]))
+            other.append(torch.cat([geometry.other for geometry in geometries]))
             self._jacobians += [geometry.jacobian for geometry in geometries if geometry.jacobian is not None]
             counts += [_counts(geometry, p.n_species) for geometry in geometries]
             virial += [example.virial for example in examples]
             energy += [example.energy for example in examples]
             volume += [example.volume or 1.0 for example in examples]
             numbers += structures.tolist()
+        self._forces[-1] = torch.nan
         self._place = np.full(max(numbers) + 2, len(numbers))
         self._place[numbers] = np.arange(len(numbers))
         # In the same order, but of as few bytes as will do: then they are sorted in a fraction of the time.
-        ranks = np.unique(kinds, return_inverse=True)[1]
+        ranks = np.unique(self._kinds, return_inverse=True)[1]
         self._kinds = ranks.astype(np.min_scalar_type(ranks.max()))
         self.on_gpu = self._aev.device.type != "cpu" or implementation(self._aev) == "gpu"
         self.counts = np.array([*counts, [1, 0, 1, *[0] * (p.n_species - 1)]])
@@ -83,21 +79,27 @@ class Resident:
         self._energy, self._volume = unknown.new_tensor([*energy, torch.nan]), unknown.new_tensor([*volume, 1.0])
         self._atoms_of, self._pairs_of = torch.from_numpy(self.counts.T[:2].copy()).to(unknown.device)
         self._first_atom, self._first_pair = (each.cumsum(0) - each for each in (self._atoms_of, self._pairs_of))
-        if not self._jacobians:
-            self._list(pairs)
+        self._vec = _joined(vec)
+        del vec  # so that all pairs are there twice of one kind only
+        self._other = _joined(other)
+        self._reverse = self._find_reverse() if self.on_gpu else None
 
-    def _list(self, pairs: dict[str, list[Tensor]]) -> None:
-        """Take what there is of all pairs, one kind after the other: their memory is no more than needed."""
-        of_pair = torch.repeat_interleave(self._pairs_of, output_size=int(self.counts[:, 1].sum()))
+    def _put(self, geometries: Sequence[Geometry], here: slice) -> None:
+        """What there is of each atom."""
+        self._aev[here] = torch.cat([geometry.aev for geometry in geometries])
+        self._species[here] = torch.cat([geometry.species for geometry in geometries])
+        self._kinds[here] = np.concatenate([geometry.kinds for geometry in geometries])
+        first = accumulate((len(geometry.species) for geometry in geometries), initial=0)
+        centre = torch.cat([geometry.centre + at for geometry, at in zip(geometries, first, strict=False)])
+        self._count[here] = torch.bincount(centre, minlength=here.stop - here.start)
+
+    def _find_reverse(self) -> Tensor:
+        of_pair = torch.repeat_interleave(self._pairs_of, output_size=len(self._other) - 1)
         before = self._first_atom.index_select(0, of_pair)
-        self._count = torch.bincount(torch.cat(pairs.pop("centre")) + before, minlength=len(self._aev))
-        self._vec, self._other = _joined(pairs.pop("vec")), _joined(pairs.pop("other"))
-        self._reverse: Tensor | None = None
-        if self.on_gpu:
-            row = torch.nn.functional.pad(self._count.cumsum(0), (1, 0))
-            # Atoms and pairs are counted within a structure.
-            reverse = find_reverse(self._vec[:-1], row, self._other[:-1] + before)
-            self._reverse = _joined([reverse - self._first_pair.index_select(0, of_pair)])
+        row = torch.nn.functional.pad(self._count.cumsum(0), (1, 0))
+        # Atoms and pairs are counted within a structure.
+        reverse = find_reverse(self._vec[:-1], row, self._other[:-1] + before)
+        return _joined([reverse - self._first_pair.index_select(0, of_pair)])
 
     def places(self, structures: NDArray[np.int64]) -> NDArray[np.int64]:
         """Where the structures of these numbers are among those here; others are taken for the one without labels."""

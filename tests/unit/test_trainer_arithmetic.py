@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from potential.kernels import Inputs
 from shards.ranks import MPI_FOLDER
 from trainer.batches import Windows
 from trainer.checkpoint import read_checkpoint, write_checkpoint
@@ -236,7 +237,7 @@ def test_network_gradients_equal_those_of_autograd(n_elements):
     with torch.no_grad():
         found = torch.zeros_like(flat)
         atoms_of_element = [torch.nonzero(species == element).squeeze(1) for element in range(n_elements)]
-        own_energies, own_g, tape = networks.forward(flat, aev, atoms_of_element)
+        own_energies, own_g, tape = networks.forward(flat, Inputs(aev, atoms_of_element))
         networks.gradient(flat, tape, c, v, found)
     assert torch.allclose(own_energies, energies, rtol=0, atol=1e-12)
     assert torch.allclose(own_g, g, rtol=1e-12, atol=1e-12)
