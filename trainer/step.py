@@ -38,6 +38,8 @@ class Steps:
         problem, sums = self._problem, self._sums
         own = problem.mine(structures)
         if self._recorded is not None and self._recorded.holds(structures, own):
+            if sums.seen:  # no part of a recording, which compares what it saw itself
+                self._errors += sums.compare()
             self._recorded.run(structures, own)
             self._errors += sums.recorded
             return sums.gradient

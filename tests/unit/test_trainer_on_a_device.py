@@ -99,6 +99,12 @@ def test_a_step_with_the_gpu_s_programs_is_that_of_the_cpu(problem, parameters, 
     steps = Steps(there, parameters)
     for ours, theirs in zip((steps.gradient(few), steps.errors()), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()))
+    many = np.append(np.arange(8), 0)  # more than are recorded
+    expected = 2 * step_gradient(there, parameters, many)[1] + steps.errors()
+    for structures in (many, few, many):
+        steps.gradient(structures)
+    alone = step_gradient(there, parameters, few)[1]
+    torch.testing.assert_close(steps.errors(), expected + alone)
     torch.testing.assert_close(role_sums(there, parameters, VALID), roles, rtol=1e-4, atol=1e-4)
 
 
