@@ -34,7 +34,7 @@ from trainer.problem import Problem
 from trainer.step import Steps
 from trainer.world import join_world
 
-PER_RANK, N_STEPS, N_ROUNDS = 32, 40, 5
+PER_RANK, N_STEPS, N_ROUNDS = 32, 40, 9
 
 
 def cells(n: int) -> list[tuple[Frame, Label]]:
