@@ -99,9 +99,9 @@ template <class T> struct Dense {
 
     static INLINE V slope(V h, T alpha) { return S::max(-h, T(0)) * (T(-1) / alpha) + T(1); }
 
-    static void apply_slope(int n, T alpha, const T* h, T* g, int n_lanes) {
+    static void apply_slope(int n, T alpha, const T* h, const T* in, T* out, int n_lanes) {
         for (int i = 0; i < n * BLOCK; i += BLOCK) {
-            for (int t = i; t < i + n_lanes; t += W) S::store(g + t, S::load(g + t) * slope(S::load(h + t), alpha));
+            for (int t = i; t < i + n_lanes; t += W) S::store(out + t, S::load(in + t) * slope(S::load(h + t), alpha));
         }
     }
 

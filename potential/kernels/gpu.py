@@ -325,8 +325,7 @@ def forward_layers(
     if not _has_programs(flat.itemsize):
         return layers.forward_layers(flat, layouts, celu_alpha, seen, None, room)
     aev = _in_order(seen)
-    energies = aev.new_empty(len(flat), len(aev))
-    g = aev.new_empty(len(flat), *aev.shape) if room is None else room
+    energies, g = seen.results(len(flat), room)
     for layout, atoms in zip(layouts, seen.elements, strict=True):
         _run_networks(flat, layout, celu_alpha, aev, atoms, energies, g)
     return energies, g, None

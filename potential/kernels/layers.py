@@ -64,6 +64,11 @@ class Inputs:
     def n_atoms(self) -> int:
         return len(self.aev) if self.rows is None else len(self.rows)
 
+    def results(self, n_members: int, room: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Memory for energies (M, N) and g (M, N, L), the latter in `room` where there is one."""
+        energies = self.aev.new_empty(n_members, self.n_atoms)
+        return energies, self.aev.new_empty(*energies.shape, self.aev.shape[1]) if room is None else room
+
 
 @dataclass(frozen=True)
 class Tape:
@@ -83,14 +88,12 @@ def forward_layers(
     room: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, list[Tape]]:
     """As potential.kernels.forward_layers; no memory is used again but `room`."""
-    aev = seen.aev
-    energies = aev.new_empty(len(flat), seen.n_atoms)
-    g = aev.new_empty(*energies.shape, aev.shape[1]) if room is None else room
+    energies, g = seen.results(len(flat), room)
     tape = []
     for layout, atoms in zip(layouts, seen.elements, strict=True):
         layers = layout.layers(flat)
         rows = atoms if seen.rows is None else seen.rows.index_select(0, atoms)
-        inputs, slopes = [aev.index_select(0, rows)], []
+        inputs, slopes = [seen.aev.index_select(0, rows)], []
         hidden = inputs[0].expand(len(flat), -1, -1)
         for weight, bias in layers[:-1]:
             z = torch.baddbmm(bias[:, None], hidden, weight.mT)

@@ -351,10 +351,8 @@ def forward_layers(
     room: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, Tape]:
     """As potential.kernels.forward_layers."""
-    shape = flat.shape[0], seen.n_atoms, seen.aev.shape[1]
-    energies = flat.new_empty(shape[:2])
-    g = flat.new_empty(shape) if room is None else room
-    _check("room", g, shape)
+    energies, g = seen.results(flat.shape[0], room)
+    _check("room", g, (*energies.shape, seen.aev.shape[1]))
     if len(seen.elements) != len(layouts):
         raise ValueError(f"atoms of {len(seen.elements)} elements: must be of {len(layouts)}, which have networks")
     atoms = torch.cat(tuple(seen.elements)).long()
@@ -449,25 +447,16 @@ def respond(
     """Forces (M, N, 3), virials (M, B, 6), the derivative (M, N, L) of a loss by g, errors, from kept Jacobians."""
     n_members, n_atoms, length = g.shape
     n_structures = len(jacobians)
-    facts = np.array([jacobian.facts for jacobian in jacobians], dtype=np.int64)
-    rows, columns, itemsize = facts[:, :3].T
-    counts, pointers = (rows - 6) // 3, np.ascontiguousarray(facts[:, 3:])
-    if (columns != counts * length).any() or counts.sum() != n_atoms:
-        shapes = ", ".join(str(jacobian.shape) for jacobian in jacobians)
-        raise ValueError(f"jacobians are {shapes}: must be (3 n + 6, n x {length}), {n_atoms} atoms in all")
+    first, pointers = _look_at(jacobians, g)
     _check("known_forces", known_forces, (n_atoms, 3))
     _check("known_virial", known_virial, (n_structures, 6))
     _check("scale", scale, (n_members, n_structures))
     v = torch.empty_like(g) if room is None else room
     _check("room", v, tuple(g.shape))
-    tensors = g, known_forces, known_virial, scale, v
-    if (
-        not all(tensor.is_contiguous() and tensor.dtype == g.dtype for tensor in tensors)
-        or (itemsize != g.itemsize).any()
+    if not all(
+        tensor.is_contiguous() and tensor.dtype == g.dtype for tensor in (g, known_forces, known_virial, scale, v)
     ):
         raise ValueError(f"kept derivatives: all tensors must be contiguous and {g.dtype}, as g is")
-    # One array of numbers is made in less time than as many objects of ctypes.
-    first = np.cumsum(np.append(0, counts))
     forces, virial = g.new_empty(n_members, n_atoms, 3), g.new_empty(n_members, n_structures, 6)
     errors = g.new_zeros(n_members, n_structures, N_ERRORS, dtype=torch.float64)
     job = Response(
@@ -488,6 +477,23 @@ def respond(
     if library().smelt_respond(level(), _is_double(g), torch.get_num_threads(), ctypes.byref(job)):
         raise MemoryError(f"no memory for the response of {n_atoms} atoms, {n_members} members")
     return forces, virial, v, errors.to(g.dtype)
+
+
+def _look_at(jacobians: Sequence[Blocks], g: torch.Tensor) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The first atom of each structure and the number of atoms, (B + 1,), and where the Jacobians are, (B, 3).
+
+    One array of numbers is made in less time than as many objects of ctypes. Raises ValueError where they do not fit g.
+    """
+    n_atoms, length = g.shape[1:]
+    facts = np.array([jacobian.facts for jacobian in jacobians], dtype=np.int64)
+    rows, columns, itemsize = facts[:, :3].T
+    counts = (rows - 6) // 3
+    if (rows != 3 * counts + 6).any() or (columns != counts * length).any() or counts.sum() != n_atoms:
+        shapes = ", ".join(str(jacobian.shape) for jacobian in jacobians)
+        raise ValueError(f"jacobians are {shapes}: must be (3 n + 6, n x {length}), {n_atoms} atoms in all")
+    if (itemsize != g.itemsize).any():
+        raise ValueError(f"kept derivatives: all tensors must be contiguous and {g.dtype}, as g is")
+    return np.cumsum(np.append(0, counts)), np.ascontiguousarray(facts[:, 3:])
 
 
 def aev_products(

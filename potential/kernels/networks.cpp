@@ -74,7 +74,7 @@ template <class T> void Networks<T>::backpropagate(int member) {
     for (int k = n_layers - 1; k > 0; --k) {
         D::multiply(width(k), {width(k + 1), weight(k, member), 1, width(k), front, nullptr, back, false, n_lanes});
         h -= width(k) * BLOCK;
-        D::apply_slope(width(k), alpha, h, back, n_lanes);
+        D::apply_slope(width(k), alpha, h, back, back, n_lanes);
         T* swapped = front;
         front = back, back = swapped;
     }

@@ -141,7 +141,7 @@ template <class T> void Layers<T>::forward_block(int64_t first) {
             for (int j = 0; j < width(k); ++j)
                 for (int t = 0; t < n_lanes; t += W) S::store(pull + j * BLOCK + t, S::all(last[j]));
         }
-        D::apply_slope(width(k), alpha, out, pull, n_lanes);
+        D::apply_slope(width(k), alpha, out, pull, pull, n_lanes);
         above = pull;
     }
     for (const Run& run : filled) {                   // what is zero stays zero: no atom of the block moves it
@@ -208,10 +208,7 @@ template <class T> void Layers<T>::push(const T* hidden, int n_lanes, const Runs
         typename D::Product p{width(k), weight(k), width(k), 1, in, nullptr, tilt, false, n_lanes};
         if (k == 0) p.runs = &filled;
         D::multiply(n, p);
-        for (int j = 0; j < n * BLOCK; j += BLOCK) {
-            for (int i = j; i < j + n_lanes; i += W)
-                S::store(out + i, S::load(tilt + i) * D::slope(S::load(hidden + i), alpha));
-        }
+        D::apply_slope(n, alpha, hidden, tilt, out, n_lanes);
         in = out, out += n * BLOCK, tilt += n * BLOCK, hidden += n * BLOCK;
     }
 }

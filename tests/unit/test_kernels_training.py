@@ -194,3 +194,7 @@ def test_what_does_not_fit_is_refused():
         ValueError, match=rf"jacobians are \(9, {LENGTH - 1}\): must be \(3 n \+ 6, n x {LENGTH}\), 1 atoms"
     ):
         native.respond([native.keep(short[0])], *short[1:], 1.0, 1.0, 1.0)
+    with pytest.raises(ValueError, match=rf"jacobians are \(12, {LENGTH}\): must be"):
+        native.respond([native.keep(torch.ones(12, LENGTH))], *short[1:], 1.0, 1.0, 1.0)
+    with pytest.raises(ValueError, match=r"must be contiguous and torch\.float32, as g is"):
+        native.respond([native.keep(torch.ones(9, LENGTH).double())], *short[1:], 1.0, 1.0, 1.0)
