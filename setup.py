@@ -8,6 +8,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 KERNELS = "potential/kernels"
 # Never -ffast-math: with GCC before 13, linking with it makes the whole process flush denormals.
@@ -24,20 +25,29 @@ FLAGS = [
 COMMON = ("entry.cpp", "evaluate.cpp", "neighbours.cpp", "pairs.cpp")
 ARITHMETIC = ("aev.cpp", "motion.cpp", "networks.cpp", "training.cpp")
 HEADERS = tuple(path.name for path in sorted(Path(KERNELS).glob("*.h")))
-INSTRUCTION_SETS: dict[str, list[str]] = {"smelt_plain": []}
+# Per instruction set the sources that are compiled for it, and how.
+INSTRUCTION_SETS: dict[str, tuple[tuple[str, ...], list[str]]] = {"smelt_plain": (ARITHMETIC, [])}
 if platform.machine() in ("x86_64", "AMD64"):
-    INSTRUCTION_SETS["smelt_avx2"] = ["-mavx2", "-mfma"]
-    INSTRUCTION_SETS["smelt_avx512"] = ["-mavx512f", "-mavx512dq", "-mfma"]
+    AVX512 = ["-mavx512f", "-mavx512dq", "-mfma"]
+    INSTRUCTION_SETS["smelt_avx2"] = (ARITHMETIC, ["-mavx2", "-mfma"])
+    INSTRUCTION_SETS["smelt_avx512"] = (ARITHMETIC, AVX512)
+    INSTRUCTION_SETS["smelt_amx"] = (ARITHMETIC[2:], [*AVX512, "-mamx-tile", "-mamx-int8"])
 
 
 class BuildKernels(build_ext):
     """Compile one source with several sets of flags, which an Extension cannot say."""
 
     def build_extension(self, ext: Extension) -> None:
-        objects = [name for source in COMMON for name in self._compile(source, "entry", FLAGS)]
-        for name, flags in INSTRUCTION_SETS.items():
-            for source in ARITHMETIC:
-                objects += self._compile(source, name, [*FLAGS, *flags, f"-DSMELT_SIMD={name}"])
+        objects, built = [], []
+        for name, (sources, flags) in INSTRUCTION_SETS.items():
+            try:
+                for source in sources:
+                    objects += self._compile(source, name, [*FLAGS, *flags, f"-DSMELT_SIMD={name}"])
+                built.append(f"-D{name.upper()}")
+            except CompileError:
+                if name != "smelt_amx":  # which compilers before GCC 11 and Clang 12 do not know
+                    raise
+        objects += [name for source in COMMON for name in self._compile(source, "entry", [*FLAGS, *built])]
         target = Path(self.get_ext_fullpath(ext.name))
         self.compiler.link_shared_object(objects, str(target), extra_postargs=["-pthread"], target_lang="c++")
 

@@ -1,30 +1,22 @@
 // How is a block of atoms multiplied by weights, with one instruction set, so that it stays in registers and caches?
 //
-// Numbers lie as (width, BLOCK): a row per input or output, the atoms of the block in the lanes. A layer is then a product
-// of weights broadcast with vectors of atoms. CELU: h = max(x, 0) + alpha (exp(min(x, 0) / alpha) - 1); its slope is
-// 1 for h > 0 and 1 + h / alpha elsewhere. Everything has internal linkage, as in simd.h.
+// A layer is a product of weights broadcast with vectors of atoms, or of tiles (tiles.h) where there are any. CELU:
+// h = max(x, 0) + alpha (exp(min(x, 0) / alpha) - 1); its slope is 1 for h > 0 and 1 + h / alpha elsewhere. Everything has
+// internal linkage, as in simd.h.
 #pragma once
 #include "aev.h"
+#include "product.h"
 #include "simd.h"
+#include "tiles.h"
 
 #include <initializer_list>
 
 namespace {
 
-constexpr int BLOCK = 64;                             // atoms
 // Outputs and vectors of lanes that share loads: as many as there are registers for. Few inputs stay in the L1 cache,
 // where square tiles are best; of many inputs tall tiles read less.
 constexpr int OUTPUTS = 4, VECTORS = BYTES == 64 ? 4 : 2;
 constexpr int TALL_OUTPUTS = BYTES == 64 ? 12 : 6, TALL_VECTORS = 2;
-
-// Inputs [begin, end).
-struct Run { int begin, end; };
-struct Runs {
-    const Run* first;
-    int n;
-    const Run* begin() const { return first; }
-    const Run* end() const { return first + n; }
-};
 
 template <class T> struct Dense {
     using S = Simd<T>;
@@ -33,21 +25,13 @@ template <class T> struct Dense {
 
     static constexpr int whole(int n) { return (n + W - 1) / W * W; }
 
-    // out[q] = start[q] + sum_i w[q step_out + i step_in] in[i] over n_lanes lanes, added to what is there if `add`.
-    // runs: the i to sum over, all of them if null.
-    struct Product {
-        int n_in;
-        const T* w;
-        int64_t step_out, step_in;
-        const T *in, *start;
-        T* out;
-        bool add;
-        int n_lanes;
-        const Runs* runs = nullptr;
-    };
+    using Product = ::Product<T>;
+    using Outer = ::Outer<T>;
+
+    using Tiles = ::Tiles<T>;
 
     static void multiply(int n_out, const Product& p) {
-        int o = 0;
+        int o = Tiles::multiply(n_out, p);
         if (p.n_in > BLOCK) {
             for (; o + TALL_OUTPUTS <= n_out; o += TALL_OUTPUTS) row_of_tiles<TALL_OUTPUTS, TALL_VECTORS>(p, o);
         }
@@ -55,16 +39,8 @@ template <class T> struct Dense {
         for (; o < n_out; ++o) row_of_tiles<1, VECTORS>(p, o);
     }
 
-    // out[q] += sum_r left[0][q, r] rows[0][r] + left[1][q, r] rows[1][r] over some inputs, which are in the lanes: `left`
-    // is (n_out, BLOCK), `rows` (n_rows, row_length), `out` (n_out, row_length).
-    struct Outer {
-        int n_rows, row_length;
-        const T *left[2], *rows[2];
-        T* out;
-    };
-
     static void add_outer(int n_out, const Outer& p, const Run& inputs) {
-        int o = 0;
+        int o = Tiles::add_outer(n_out, p, inputs);
         for (; o + TALL_OUTPUTS <= n_out; o += TALL_OUTPUTS) row_of_outers<TALL_OUTPUTS>(p, o, inputs);
         for (; o + OUTPUTS <= n_out; o += OUTPUTS) row_of_outers<OUTPUTS>(p, o, inputs);
         for (; o < n_out; ++o) row_of_outers<1>(p, o, inputs);
@@ -123,14 +99,15 @@ template <class T> struct Dense {
             }
         }
     }
-    static void from_lanes(int width, int n_rows, const T* values, T scale, T* const* rows) {
+    // turned: squares are (atoms, numbers) already, as products leave them that were asked for it.
+    static void from_lanes(int width, int n_rows, const T* values, T scale, T* const* rows, bool turned = false) {
         for (int first = 0; first < n_rows; first += W) {
             for (int low = 0; low < width; low += W) {
                 const int n = n_rows - first < W ? n_rows - first : W;
                 if (low + W <= width) {
                     V square[W];
                     for (int i = 0; i < W; ++i) square[i] = S::load(values + (low + i) * BLOCK + first) * scale;
-                    S::transpose(square);
+                    if (!turned) S::transpose(square);
                     for (int r = 0; r < n; ++r) S::store(rows[first + r] + low, square[r]);
                 } else {
                     for (int r = 0; r < n; ++r)

@@ -6,6 +6,11 @@
 
 #include "levels.h"
 #include "run.h"
+#if defined(SMELT_AMX) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #define EXPORT __attribute__((visibility("default")))
 
@@ -13,9 +18,23 @@ namespace {
 
 constexpr int64_t ATOMS_PER_TURN = 16;
 
+// Whether there are tiles, and the kernel lets this process have their registers, which it must ask for once.
+bool has_tiles() {
+#if defined(SMELT_AMX) && defined(__linux__)
+    constexpr unsigned AMX_TILE = 1u << 24, AMX_INT8 = 1u << 25;
+    constexpr long ASK_FOR = 0x1023, TILE_REGISTERS = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    unsigned a, b, c, d;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & AMX_TILE) && (d & AMX_INT8) &&
+           syscall(SYS_arch_prctl, ASK_FOR, TILE_REGISTERS) == 0;
+#else
+    return false;
+#endif
+}
+
 int best_level() {
 #if defined(__x86_64__)
     __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && has_tiles()) return 3;
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq")) return 2;
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 1;
 #endif
@@ -26,7 +45,7 @@ int best_level() {
 
 extern "C" {
 
-// The highest level this processor can run: 0 plain, 1 AVX2 with FMA, 2 AVX-512.
+// The highest level this processor can run: 0 plain, 1 AVX2 with FMA, 2 AVX-512, 3 AMX.
 EXPORT int smelt_level() { return best_level(); }
 
 // product: 0 forward, 1 transposed derivative, 2 derivative. Returns 0, or 1 when there is no memory.
@@ -42,6 +61,18 @@ EXPORT int smelt_aev(int product, int level, int is_double, int n_threads, const
             const int64_t begin = turn * ATOMS_PER_TURN;
             atoms(job, begin, std::min(begin + ATOMS_PER_TURN, n_atoms), workspace);
         });
+    return 0;
+} catch (const std::bad_alloc&) {
+    return 1;
+}
+
+// How many bytes the packed weights of all members take, 0 if there is nothing to be packed; and pack them.
+EXPORT int64_t smelt_packed_bytes(int level, int is_double, const NetworksJob* job) {
+    return int64_t(NETWORKS[level][is_double].packed_bytes(*job));
+}
+EXPORT int smelt_pack(int level, int is_double, int n_threads, const NetworksJob* job, void* packed) try {
+    run(job->n_members, n_threads, 0,
+        [&](int64_t member, void*) { NETWORKS[level][is_double].pack(*job, member, packed); });
     return 0;
 } catch (const std::bad_alloc&) {
     return 1;

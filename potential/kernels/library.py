@@ -1,7 +1,7 @@
 """Where is the library of C++ kernels, how are its functions called, and which instruction set do they use?
 
-The library has a plain C interface and is built beside this file at installation. SMELT_SIMD=plain|avx2|avx512 forces
-an instruction set, for tests; otherwise the best one of the processor is used.
+The library has a plain C interface and is built beside this file at installation. SMELT_SIMD=plain|avx2|avx512|amx
+forces an instruction set, for tests; otherwise the best one of the processor is used.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 LIBRARY = Path(__file__).with_name(f"_aev{sysconfig.get_config_var('EXT_SUFFIX')}")
-LEVELS = ("plain", "avx2", "avx512")
+LEVELS = ("plain", "avx2", "avx512", "amx")
 
 
 class AevPower(ctypes.Structure):
@@ -62,6 +62,7 @@ class Networks(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("n_members", "n_layers", "n_rows", "n_atoms")),
         ("widths", ctypes.POINTER(ctypes.c_int64)),
         *((name, ctypes.POINTER(ctypes.c_void_p)) for name in ("weights", "biases")),
+        ("packed", ctypes.c_void_p),
         ("celu_alpha", ctypes.c_double),
         *((name, ctypes.c_void_p) for name in ("atoms", "aev", "energies", "gradient")),
         *((name, ctypes.c_int64) for name in ("mean", "filled_only")),
@@ -194,6 +195,9 @@ def library() -> ctypes.CDLL:
     loaded.smelt_drift.argtypes = [integer, ctypes.POINTER(Motion)]
     loaded.smelt_kick.argtypes = [integer, ctypes.POINTER(Motion), ctypes.c_double]
     loaded.smelt_pairs.argtypes = [*[integer] * 3, *[long] * 3, *[pointer] * 4]
+    loaded.smelt_packed_bytes.restype = long
+    loaded.smelt_packed_bytes.argtypes = [integer, integer, ctypes.POINTER(Networks)]
+    loaded.smelt_pack.argtypes = [*[integer] * 3, ctypes.POINTER(Networks), pointer]
     loaded.smelt_networks.argtypes = [*[integer] * 3, ctypes.POINTER(Networks)]
     loaded.smelt_tape.restype = long
     loaded.smelt_tape.argtypes = [integer, integer, ctypes.POINTER(Layers)]

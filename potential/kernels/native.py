@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -61,6 +62,22 @@ __all__ = [
     "respond",
     "shortest_distances",
 ]
+
+PACKING = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Weights as tiles want them. The weights themselves are kept, so that no others can take their place in memory."""
+
+    weights: Sequence[torch.Tensor]
+    versions: Sequence[int]
+    numbers: torch.Tensor
+
+    def is_still_of(self, weights: Sequence[torch.Tensor]) -> bool:
+        """Whether these are the same weights, not written to since, as far as PyTorch counts."""
+        known = zip(weights, self.weights, self.versions, strict=True)
+        return all(weight.data_ptr() == own.data_ptr() and own._version == version for weight, own, version in known)
 
 
 @dataclass(frozen=True)
@@ -330,7 +347,7 @@ def _networks(stack: Stack, length: int, dtype: torch.dtype, celu_alpha: float) 
             raise ValueError(f"layer {layer}: weights and biases must be contiguous and {dtype}")
     if widths[-1] != 1:
         raise ValueError(f"networks with {widths[-1]} outputs: one, the energy, is supported")
-    return Networks(
+    job = Networks(
         n_members,
         n_layers,
         0,
@@ -338,8 +355,28 @@ def _networks(stack: Stack, length: int, dtype: torch.dtype, celu_alpha: float) 
         (ctypes.c_int64 * len(widths))(*widths),
         (ctypes.c_void_p * n_layers)(*(weight.data_ptr() for weight in stack.weights)),
         (ctypes.c_void_p * n_layers)(*(bias.data_ptr() for bias in stack.biases)),
+        None,
         celu_alpha,
     )
+    job.packed = _packed(stack, job, dtype)
+    return job
+
+
+def _packed(stack: Stack, job: Networks, dtype: torch.dtype) -> int | None:
+    """Where the weights are as tiles want them: packed when they are first seen, and again when they have changed."""
+    is_double = dtype == torch.float64
+    n_bytes = library().smelt_packed_bytes(level(), is_double, ctypes.byref(job))
+    if not n_bytes:
+        return None
+    with PACKING:  # what another thread computes with must not be packed anew
+        if not stack.packed or not stack.packed[0].is_still_of(stack.weights):
+            numbers = torch.empty(n_bytes, dtype=torch.uint8)
+            if library().smelt_pack(level(), is_double, torch.get_num_threads(), ctypes.byref(job), numbers.data_ptr()):
+                raise MemoryError(f"no memory to pack the weights of {job.n_members} members")
+            weights = [weight.detach() for weight in stack.weights]
+            stack.packed[:] = [Packed(weights, [weight._version for weight in weights], numbers)]
+    at: int = stack.packed[0].numbers.data_ptr()
+    return at
 
 
 def forward_layers(

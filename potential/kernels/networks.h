@@ -9,6 +9,7 @@ struct NetworksJob {
     const int64_t* widths;        // (n_layers + 1,), the first is the length of the AEV, the last is 1
     const void* const* weights;   // per layer (n_members, out, in)
     const void* const* biases;    // per layer (n_members, out)
+    const void* packed;           // the weights of all layers and members as pack() leaves them, or null
     double celu_alpha;
     const int64_t* atoms;         // (n_rows,): which atoms are of this element
     const void* aev;              // (n_atoms, length)
@@ -22,6 +23,8 @@ struct NetworksJob {
 constexpr int64_t NETWORKS_BLOCK = 64;
 
 struct NetworksKernel {
+    size_t (*packed_bytes)(const NetworksJob&);       // of all members, 0 if there is nothing to be packed
+    void (*pack)(const NetworksJob&, int64_t member, void* packed);
     size_t (*workspace_bytes)(const NetworksJob&);
     void (*run)(const NetworksJob&, int64_t block, void* workspace);
 };

@@ -19,7 +19,8 @@ import itertools
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -78,6 +79,7 @@ class Stack:
 
     weights: Sequence[torch.Tensor]
     biases: Sequence[torch.Tensor]
+    packed: list[Any] = field(default_factory=list, compare=False, repr=False)  # what a kernel made of the weights
 
 
 def aev_forward(vec: torch.Tensor, row: torch.Tensor, species_other: torch.Tensor, p: AEVParameters) -> torch.Tensor:

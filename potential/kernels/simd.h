@@ -84,7 +84,7 @@ template <class T> struct Simd {
     static INLINE V load(const T* p) { return *reinterpret_cast<const Unaligned*>(p); }
     static INLINE void store(T* p, V v) { *reinterpret_cast<Unaligned*>(p) = v; }
 
-    static INLINE V max(V a, T bound);
+    static INLINE V max(V a, T bound);                // what is not a number stays so
     static INLINE V sqrt(V x);
 
     // Lanes [first, last), and the vector at p with zero in all others.
@@ -213,10 +213,10 @@ private:
 constexpr __mmask16 ALL16 = 0xffff;
 constexpr __mmask8 ALL8 = 0xff;
 template <> INLINE Simd<float>::V Simd<float>::max(V a, float b) {
-    return (V)_mm512_maskz_max_ps(ALL16, (__m512)a, (__m512)all(b));
+    return (V)_mm512_maskz_max_ps(ALL16, (__m512)all(b), (__m512)a);
 }
 template <> INLINE Simd<double>::V Simd<double>::max(V a, double b) {
-    return (V)_mm512_maskz_max_pd(ALL8, (__m512d)a, (__m512d)all(b));
+    return (V)_mm512_maskz_max_pd(ALL8, (__m512d)all(b), (__m512d)a);
 }
 template <> INLINE Simd<float>::V Simd<float>::sqrt(V x) { return (V)_mm512_maskz_sqrt_ps(ALL16, (__m512)x); }
 template <> INLINE Simd<double>::V Simd<double>::sqrt(V x) { return (V)_mm512_maskz_sqrt_pd(ALL8, (__m512d)x); }
@@ -252,21 +252,21 @@ template <class T> INLINE typename Simd<T>::V Simd<T>::load_masked(const T* p, M
 }
 
 #if defined(__AVX2__)
-template <> INLINE Simd<float>::V Simd<float>::max(V a, float b) { return (V)_mm256_max_ps((__m256)a, (__m256)all(b)); }
+template <> INLINE Simd<float>::V Simd<float>::max(V a, float b) { return (V)_mm256_max_ps((__m256)all(b), (__m256)a); }
 template <> INLINE Simd<double>::V Simd<double>::max(V a, double b) {
-    return (V)_mm256_max_pd((__m256d)a, (__m256d)all(b));
+    return (V)_mm256_max_pd((__m256d)all(b), (__m256d)a);
 }
 template <> INLINE Simd<float>::V Simd<float>::sqrt(V x) { return (V)_mm256_sqrt_ps((__m256)x); }
 template <> INLINE Simd<double>::V Simd<double>::sqrt(V x) { return (V)_mm256_sqrt_pd((__m256d)x); }
 #elif defined(__SSE2__)
-template <> INLINE Simd<float>::V Simd<float>::max(V a, float b) { return (V)_mm_max_ps((__m128)a, (__m128)all(b)); }
+template <> INLINE Simd<float>::V Simd<float>::max(V a, float b) { return (V)_mm_max_ps((__m128)all(b), (__m128)a); }
 template <> INLINE Simd<double>::V Simd<double>::max(V a, double b) {
-    return (V)_mm_max_pd((__m128d)a, (__m128d)all(b));
+    return (V)_mm_max_pd((__m128d)all(b), (__m128d)a);
 }
 template <> INLINE Simd<float>::V Simd<float>::sqrt(V x) { return (V)_mm_sqrt_ps((__m128)x); }
 template <> INLINE Simd<double>::V Simd<double>::sqrt(V x) { return (V)_mm_sqrt_pd((__m128d)x); }
 #else
-template <class T> INLINE typename Simd<T>::V Simd<T>::max(V a, T bound) { return a > bound ? a : all(bound); }
+template <class T> INLINE typename Simd<T>::V Simd<T>::max(V a, T bound) { return a < bound ? all(bound) : a; }
 template <class T> INLINE typename Simd<T>::V Simd<T>::sqrt(V x) {
     for (int i = 0; i < W; ++i) x[i] = __builtin_sqrt(x[i]);
     return x;

@@ -11,22 +11,28 @@
 
 namespace {
 
-// How many numbers of the tape belong to one member's networks of an element: h and dE/dz of its hidden layers.
-int64_t tape_numbers(const LayersJob& job, int64_t element) {
+// How many numbers of the tape belong to one member's networks of an element: packed weights, h and dE/dz of hidden layers.
+template <class T> int64_t tape_numbers(const LayersJob& job, int64_t element) {
     const LayersShape& shape = job.shapes[element];
     int64_t all_hidden = 0;
-    for (int64_t k = 1; k < shape.n_layers; ++k) all_hidden += shape.widths[k];
-    return 2 * all_hidden * BLOCK * ((job.first[element + 1] - job.first[element] + BLOCK - 1) / BLOCK);
+    size_t packed_bytes = 0;
+    for (int64_t k = 0; k < shape.n_layers; ++k) {
+        if (k) all_hidden += shape.widths[k];
+        packed_bytes += Tiles<T>::packed_bytes(int(shape.widths[k + 1]), int(shape.widths[k]));
+    }
+    const int64_t n_blocks = (job.first[element + 1] - job.first[element] + BLOCK - 1) / BLOCK;
+    return n_blocks ? 2 * all_hidden * BLOCK * n_blocks + int64_t(packed_bytes / sizeof(T)) : 0;
 }
 
-int64_t tape_numbers(const LayersJob& job) {
+template <class T> int64_t tape_numbers(const LayersJob& job) {
     int64_t numbers = 0;
-    for (int64_t e = 0; e < job.n_elements; ++e) numbers += job.n_members * tape_numbers(job, e);
+    for (int64_t e = 0; e < job.n_elements; ++e) numbers += job.n_members * tape_numbers<T>(job, e);
     return numbers;
 }
 
 template <class T> class Layers {
     using D = Dense<T>;
+    using Tiles = ::Tiles<T>;
     using S = Simd<T>;
     using V = typename S::V;
     static constexpr int W = S::W;
@@ -42,7 +48,8 @@ template <class T> class Layers {
     T *input, *tangents, *tilts, *back, *z_back;      // (width, BLOCK); tangents and tilts hold all layers
     T *rows, *tangent_rows;                           // (BLOCK, widest in whole vectors)
     T *sums, *bias_sums;
-    Run* room;
+    char* room;                                       // of products
+    Run* runs;
 
 public:
     size_t used = 0;
@@ -64,7 +71,8 @@ public:
         for (T** piece : {&rows, &tangent_rows}) take(*piece, size_t(D::whole(widest)) * BLOCK);
         take(sums, size_t(numbers)), take(bias_sums, size_t(all_hidden + 1));
         used *= sizeof(T);
-        room = reinterpret_cast<Run*>(static_cast<char*>(workspace) + used), used += sizeof(Run) * D::most_runs(length);
+        room = static_cast<char*>(workspace) + used, used += Tiles::room_bytes(widest);
+        runs = reinterpret_cast<Run*>(static_cast<char*>(workspace) + used), used += sizeof(Run) * D::most_runs(length);
     }
 
     void forward();
@@ -76,10 +84,21 @@ private:
         return static_cast<const T*>(job.parameters) + member * job.step + shape.offsets[layer];
     }
     const T* bias(int layer) const { return weight(layer) + int64_t(width(layer)) * width(layer + 1); }
-    T* tape(int64_t first) const {
-        int64_t before = first / BLOCK * 2 * all_hidden * BLOCK;
-        for (int64_t e = 0; e < element; ++e) before += job.n_members * tape_numbers(job, e);
-        return static_cast<T*>(job.tape) + before + member * tape_numbers(job, element);
+    T* tape() const {
+        int64_t before = 0;
+        for (int64_t e = 0; e < element; ++e) before += job.n_members * tape_numbers<T>(job, e);
+        return static_cast<T*>(job.tape) + before + member * tape_numbers<T>(job, element);
+    }
+    T* tape(int64_t first) const { return tape() + first / BLOCK * 2 * all_hidden * BLOCK; }
+    // Where a layer's packed weights are, on the way forth and on the way back; null if nowhere.
+    char* packed(int layer) const {
+        if (Tiles::packed_bytes(width(layer + 1), width(layer)) == 0) return nullptr;
+        size_t before = 0;
+        for (int k = 0; k < layer; ++k) before += Tiles::packed_bytes(width(k + 1), width(k));
+        return reinterpret_cast<char*>(tape((n_atoms + BLOCK - 1) / BLOCK * BLOCK)) + before;
+    }
+    const char* packed_back(int layer, int first) const {
+        return Tiles::backward(width(layer + 1), width(layer), packed(layer), first);
     }
     // Of the block that begins with this atom: how many atoms, and their rows of an array (n_atoms, per_atom).
     int rows_from(int64_t first) const { return int(n_atoms - first < BLOCK ? n_atoms - first : BLOCK); }
@@ -108,6 +127,7 @@ private:
 };
 
 template <class T> void Layers<T>::forward() {
+    for (int k = 0; k <= n_hidden && n_atoms; ++k) Tiles::pack(width(k + 1), width(k), weight(k), packed(k));
     for (int64_t first = 0; first < n_atoms; first += BLOCK) forward_block(first);
 }
 
@@ -118,17 +138,18 @@ template <class T> void Layers<T>::forward_block(int64_t first) {
     aev_rows(first, from);
     D::to_lanes(length, n_rows, from, input);
     T *out = tape(first), *pull = out + 2 * all_hidden * BLOCK;
-    const Runs filled = D::filled(length, n_rows, {from}, room);
+    const Runs filled = D::filled(length, n_rows, {from}, runs);
     const T* in = input;
     for (int k = 0; k < n_hidden; ++k) {
-        typename D::Product p{width(k), weight(k), width(k), 1, in, bias(k), out, false, n_lanes};
+        typename D::Product p{width(k), weight(k), width(k), 1, in, bias(k), out, false, n_lanes, packed(k), room};
         if (k == 0) p.runs = &filled;
         D::multiply(width(k + 1), p);
         D::activate(width(k + 1), alpha, out, n_lanes);
         in = out, out += width(k + 1) * BLOCK;
     }
     const T* last = weight(n_hidden);
-    D::multiply(1, {width(n_hidden), last, width(n_hidden), 1, in, bias(n_hidden), back, false, n_lanes});
+    D::multiply(1, {width(n_hidden), last, width(n_hidden), 1, in, bias(n_hidden), back, false, n_lanes,
+                    packed(n_hidden), room});
     T* energies = own(job.energies, 1);
     for (int r = 0; r < n_rows; ++r) energies[atoms[first + r]] = back[r];
 
@@ -136,7 +157,8 @@ template <class T> void Layers<T>::forward_block(int64_t first) {
     for (int k = n_hidden; k >= 1; --k) {
         pull -= width(k) * BLOCK, out -= width(k) * BLOCK;
         if (above) {
-            D::multiply(width(k), {width(k + 1), weight(k), 1, width(k), above, nullptr, pull, false, n_lanes});
+            D::multiply(width(k), {width(k + 1), weight(k), 1, width(k), above, nullptr, pull, false, n_lanes,
+                                   packed_back(k, 0), room});
         } else {
             for (int j = 0; j < width(k); ++j)
                 for (int t = 0; t < n_lanes; t += W) S::store(pull + j * BLOCK + t, S::all(last[j]));
@@ -144,12 +166,15 @@ template <class T> void Layers<T>::forward_block(int64_t first) {
         D::apply_slope(width(k), alpha, out, pull, pull, n_lanes);
         above = pull;
     }
+    typename D::Product p{width(1), nullptr, 1, length, above, nullptr, nullptr, false, n_lanes, nullptr, room};
     for (const Run& run : filled) {                   // what is zero stays zero: no atom of the block moves it
-        D::multiply(run.end - run.begin, {width(1), weight(0) + run.begin, 1, length, above, nullptr,
-                                          input + run.begin * BLOCK, false, n_lanes});
+        p.w = weight(0) + run.begin, p.out = input + run.begin * BLOCK;
+        p.packed = packed_back(0, run.begin), p.turned = p.packed;
+        D::multiply(run.end - run.begin, p);
+        p.prepared = true;
     }
     block_rows(own(job.g, length), first, length, to);
-    D::from_lanes(length, n_rows, input, 1, to);
+    D::from_lanes(length, n_rows, input, 1, to, packed(0) != nullptr);
 }
 
 template <class T> void Layers<T>::gradient() {
@@ -168,7 +193,7 @@ template <class T> void Layers<T>::gradient_block(int64_t first) {
     T weights[BLOCK];
     D::to_lanes(1, n_rows, by_energy, weights);
     D::to_lanes(length, n_rows, by_g, tangents);
-    const Runs filled = D::filled(length, n_rows, {aev, by_g}, room);
+    const Runs filled = D::filled(length, n_rows, {aev, by_g}, runs);
     const T *hidden = tape(first), *pull = hidden + 2 * all_hidden * BLOCK;
     push(hidden, n_lanes, filled);
     last_layer(weight(n_hidden), weights, hidden, n_lanes);
@@ -192,10 +217,11 @@ template <class T> void Layers<T>::gradient_block(int64_t first) {
             for (int r = 0; !k && r < n_rows; ++r) memcpy(row[r], values ? aev[r] : by_g[r], sizeof(T) * length);
         }
         // Atoms are what is summed over.
-        const typename D::Outer outer{n_rows, row_length, {z_back, pull}, {rows, tangent_rows}, sum};
+        typename D::Outer outer{n_rows, row_length, {z_back, pull}, {rows, tangent_rows}, sum, room};
         const Run all[] = {{0, n_in}};
-        for (const Run& run : k ? Runs{all, 1} : filled) D::add_outer(n_out, outer, run);
-        if (k) D::multiply(n_in, {n_out, weight(k), 1, n_in, z_back, nullptr, back, false, n_lanes});
+        for (const Run& run : k ? Runs{all, 1} : filled) D::add_outer(n_out, outer, run), outer.prepared = true;
+        if (k) D::multiply(n_in, {n_out, weight(k), 1, n_in, z_back, nullptr, back, false, n_lanes,
+                               packed_back(k, 0), room});
     }
 }
 
@@ -205,7 +231,7 @@ template <class T> void Layers<T>::push(const T* hidden, int n_lanes, const Runs
     T *out = tangents + length * BLOCK, *tilt = tilts;
     for (int k = 0; k < n_hidden; ++k) {
         const int n = width(k + 1);
-        typename D::Product p{width(k), weight(k), width(k), 1, in, nullptr, tilt, false, n_lanes};
+        typename D::Product p{width(k), weight(k), width(k), 1, in, nullptr, tilt, false, n_lanes, packed(k), room};
         if (k == 0) p.runs = &filled;
         D::multiply(n, p);
         D::apply_slope(n, alpha, hidden, tilt, out, n_lanes);
@@ -385,9 +411,11 @@ template <class T> size_t workspace_bytes(const LayersJob& job) {
     return most;
 }
 template <class T> void forward(const LayersJob& job, int64_t turn, void* workspace) {
+    typename Tiles<T>::Configured configured;
     Layers<T>(job, turn / job.n_elements, turn % job.n_elements, workspace).forward();
 }
 template <class T> void gradient(const LayersJob& job, int64_t turn, void* workspace) {
+    typename Tiles<T>::Configured configured;
     Layers<T>(job, turn / job.n_elements, turn % job.n_elements, workspace).gradient();
 }
 template <class T> size_t response_bytes(const ResponseJob& job) {
@@ -403,7 +431,7 @@ template <class T> void respond(const ResponseJob& job, int64_t structure, void*
 }
 
 template <class T> constexpr TrainingKernel kernel() {
-    return {tape_numbers, workspace_bytes<T>, forward<T>, gradient<T>, response_bytes<T>, respond<T>};
+    return {tape_numbers<T>, workspace_bytes<T>, forward<T>, gradient<T>, response_bytes<T>, respond<T>};
 }
 
 }  // namespace

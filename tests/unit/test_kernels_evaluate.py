@@ -38,7 +38,7 @@ HIDDEN = ((20, 7), (33,), (16, 16, 5))
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 
 
-@pytest.fixture(params=["plain", "avx2", "avx512"])
+@pytest.fixture(params=library.LEVELS)
 def simd(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if library.LEVELS.index(request.param) > library.best_level():
         pytest.skip(f"this processor has no {request.param}")

@@ -44,7 +44,7 @@ def atoms(counts: list[int] = COUNTS) -> Atoms:
     )
 
 
-@pytest.fixture(params=["reference", "plain", "avx2", "avx512"])
+@pytest.fixture(params=["reference", *library.LEVELS])
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     if request.param == "reference":
         return reference

@@ -35,7 +35,7 @@ ALUMINIUM = AEVParameters.from_settings(PotentialSettings(), 1)
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 5e-6}
 
 
-@pytest.fixture(params=["plain", "avx2", "avx512"])
+@pytest.fixture(params=library.LEVELS)
 def simd(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     level: str = request.param
     if library.LEVELS.index(level) > library.best_level():
@@ -232,14 +232,14 @@ def test_the_floating_point_mode_of_the_process_is_left_as_it_was(flush: bool, s
 
 
 @pytest.mark.parametrize("module", [native, reference])
-@pytest.mark.parametrize("hidden", [(7,), (96, 13, 5)])
+@pytest.mark.parametrize("widths", [(11, 7, 1), (11, 96, 13, 5, 1), (150, 70, 48, 33, 1)])
 @pytest.mark.parametrize("n_rows", [1, 45, 130])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_networks_agree_with_autograd(
-    dtype: torch.dtype, n_rows: int, hidden: tuple[int, ...], module: ModuleType, simd: str
+    dtype: torch.dtype, n_rows: int, widths: tuple[int, ...], module: ModuleType, simd: str
 ) -> None:
-    random, n_members, widths = torch.manual_seed(6), 3, (11, *hidden, 1)
-    aev = torch.randn(150, 11, dtype=torch.float64, generator=random)
+    random, n_members, length = torch.manual_seed(6), 3, widths[0]
+    aev = torch.randn(150, length, dtype=torch.float64, generator=random)
     atoms = torch.randperm(150, generator=random)[:n_rows]
     pairs = list(itertools.pairwise(widths))
     weights = [torch.randn(n_members, o, i, dtype=torch.float64, generator=random) / i**0.5 for i, o in pairs]
@@ -255,7 +255,7 @@ def test_networks_agree_with_autograd(
     parameters = [w.to(dtype) for w in weights], [b.to(dtype) for b in biases]
     for n_gradients in (n_members, 1, 0):
         energies = torch.full((n_members, 150), 7.0, dtype=dtype)
-        gradient = torch.full((n_gradients, 150, 11), 7.0, dtype=dtype)
+        gradient = torch.full((n_gradients, 150, length), 7.0, dtype=dtype)
         module.networks(aev.to(dtype), atoms, reference.Stack(*parameters), 0.1, energies, gradient)
         assert gap(energies[:, atoms], numeric(value.detach().squeeze(2))) < TOLERANCE[dtype]
         assert (energies == 7.0).sum() == n_members * (150 - n_rows)
@@ -263,6 +263,63 @@ def test_networks_agree_with_autograd(
             expected = slope if n_gradients > 1 else slope.mean(0, keepdim=True)
             assert gap(gradient[:, atoms], numeric(expected)) < TOLERANCE[dtype]
             assert (gradient == 7.0).all(2).sum() == n_gradients * (150 - n_rows)
+
+
+def run_networks(
+    weights: list[torch.Tensor], aev: torch.Tensor, biases: list[torch.Tensor] | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Energies of all members, and the gradient of their mean."""
+    energies, gradient = aev.new_zeros(len(weights[0]), len(aev)), aev.new_zeros(1, *aev.shape)
+    stack = reference.Stack(weights, biases or [w.new_zeros(w.shape[:2]) for w in weights])
+    native.networks(aev, torch.arange(len(aev)), stack, 0.1, energies, gradient)
+    return energies, gradient
+
+
+def test_networks_lose_little_where_numbers_differ_by_orders_of_magnitude(simd: str) -> None:
+    random, widths = torch.manual_seed(7), (384, 160, 128, 96, 1)
+    weights = [
+        torch.randn(1, o, i, generator=random).pow(3) * torch.rand(1, o, 1, generator=random) / i**0.5 / 3
+        for i, o in itertools.pairwise(widths)
+    ]
+    scale = 10 ** -torch.rand(200, 1, generator=random)
+    aev = torch.rand(200, widths[0], generator=random).pow(8) * scale
+    truth = run_networks([weight.double() for weight in weights], aev.double())
+    for ours, exact in zip(run_networks(weights, aev), truth, strict=True):
+        assert gap(ours, numeric(exact)) < TOLERANCE[torch.float32]
+
+
+def test_weights_that_were_written_to_are_used_as_they_are(simd: str) -> None:
+    random, aev = torch.manual_seed(8), torch.rand(20, 40)
+    weights = [torch.randn(2, o, i, generator=random) for i, o in ((40, 32), (32, 1))]
+    stack = reference.Stack(weights, [torch.zeros(2, 32), torch.zeros(2, 1)])
+
+    def energies() -> torch.Tensor:
+        out = torch.zeros(2, 20)
+        native.networks(aev, torch.arange(20), stack, 0.1, out, torch.zeros(0, 20, 40))
+        return out
+
+    before = energies()
+    weights[0][1] *= 2
+    after = energies()
+    assert torch.equal(after, run_networks([weight.clone() for weight in weights], aev)[0])
+    assert torch.equal(after[0], before[0])
+    assert not torch.equal(after[1], before[1])
+
+
+@pytest.mark.parametrize("broken", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_stays_so_and_harms_no_other_atom(broken: float, simd: str) -> None:
+    random, aev = torch.manual_seed(9), torch.rand(70, 64)
+    weights = [torch.randn(2, o, i, generator=random) for i, o in ((64, 32), (32, 1))]
+    energies, gradient = run_networks(weights, aev)
+    aev[3, 17] = broken
+    broken_energies, broken_gradient = run_networks(weights, aev)
+    others = torch.arange(70) != 3
+    assert not broken_energies[:, 3].isfinite().any()
+    assert torch.equal(broken_energies[:, others], energies[:, others])
+    assert torch.equal(broken_gradient[:, others], gradient[:, others])
+    # So do networks that training has driven away.
+    weights[0][1, 5] = torch.nan
+    assert not run_networks(weights, torch.rand(70, 64))[0][1].isfinite().any()
 
 
 @pytest.mark.parametrize("module", [native, reference])

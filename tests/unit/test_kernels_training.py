@@ -12,16 +12,16 @@ from potential.kernels import Inputs, Layout, library, native, reference
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="the C++ kernels are not built")
 
-# Odd widths, more and fewer than there are lanes; several blocks of atoms, the last one not full.
-LENGTH, N_ATOMS, N_MEMBERS, CELU_ALPHA = 37, 200, 5, 0.1
-LAYOUTS = (Layout((LENGTH, 20, 7, 1), (0, 760, 907)), Layout((LENGTH, 33, 1), (915, 2169)))
-N_PARAMETERS = 2203
+# Odd widths, more and fewer than there are lanes or than a tile sums over; several blocks of atoms, one not full.
+LENGTH, N_ATOMS, N_MEMBERS, CELU_ALPHA = 101, 200, 5, 0.1
+LAYOUTS = (Layout((LENGTH, 20, 7, 1), (0, 2040, 2187)), Layout((LENGTH, 70, 1), (2195, 9335)))
+N_PARAMETERS = 9406
 HOLEY = torch.arange(N_ATOMS) % 5 > 0
 # Sums of a few hundred products, relative to the largest number.
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 5e-6}
 
 
-@pytest.fixture(params=["plain", "avx2", "avx512"])
+@pytest.fixture(params=library.LEVELS)
 def simd(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if library.LEVELS.index(request.param) > library.best_level():
         pytest.skip(f"this processor has no {request.param}")
