@@ -47,7 +47,10 @@ public:
 
     void run(int64_t first);
     void pack(int member, char* out) const {
-        for (int k = 0; k < n_layers; ++k) Tiles::pack(width(k + 1), width(k), weight(k, member), packed_in(out, k, member));
+        for (int k = 0; k < n_layers; ++k) {
+            const int n_like = width(k + 1) * (k ? 1 : int(job.n_members));
+            Tiles::pack(width(k + 1), width(k), weight(k, member), n_like, weight(k, k ? member : 0), packed_in(out, k, member));
+        }
     }
 
 private:
@@ -59,16 +62,18 @@ private:
         return static_cast<const T*>(job.biases[layer]) + int64_t(member) * width(layer + 1);
     }
 
-    // Where a layer's packed weights are, on the way forth and for outputs from `first` on on the way back; null if nowhere.
+    // Where a layer's packed weights are, null if nowhere; on the way forth, and on the way back for outputs from `first` on.
     template <class Byte> Byte* packed_in(Byte* all, int layer, int member) const {
         if (!all || Tiles::packed_bytes(width(layer + 1), width(layer)) == 0) return nullptr;
         all += member * packed_bytes;
         for (int k = 0; k < layer; ++k) all += Tiles::packed_bytes(width(k + 1), width(k));
         return all;
     }
-    const char* packed(int layer, int member) const { return packed_in(static_cast<const char*>(job.packed), layer, member); }
-    const char* packed_back(int layer, int member, int first) const {
-        return Tiles::backward(width(layer + 1), width(layer), packed(layer, member), first);
+    Packed forth(int layer, int member) const {
+        return Tiles::forth(width(layer + 1), width(layer), packed_in(static_cast<const char*>(job.packed), layer, member));
+    }
+    Packed back_from(int layer, int member, int first) const {
+        return Tiles::back(width(layer + 1), width(layer), packed_in(static_cast<const char*>(job.packed), layer, member), first);
     }
 
     void propagate(int member);
@@ -81,7 +86,7 @@ template <class T> void Networks<T>::propagate(int member) {
     T* out = hidden;
     for (int k = 0; k < n_layers; ++k) {
         typename D::Product p{width(k), weight(k, member), width(k), 1, in, bias(k, member), out, false, n_lanes,
-                              packed(k, member), room};
+                              forth(k, member), room};
         if (k == 0) p.room = input_room, p.runs = &filled, p.prepared = member > 0;
         D::multiply(width(k + 1), p);
         if (k + 1 < n_layers) D::activate(width(k + 1), alpha, out, n_lanes);
@@ -95,17 +100,17 @@ template <class T> void Networks<T>::backpropagate(int member) {
     for (int t = 0; t < BLOCK; ++t) front[t] = 1;
     for (int k = n_layers - 1; k > 0; --k) {
         D::multiply(width(k), {width(k + 1), weight(k, member), 1, width(k), front, nullptr, back, false, n_lanes,
-                               packed_back(k, member, 0), room});
+                               back_from(k, member, 0), room});
         h -= width(k) * BLOCK;
         D::apply_slope(width(k), alpha, h, back, back, n_lanes);
         T* swapped = front;
         front = back, back = swapped;
     }
     const Run all[] = {{0, length}};
-    typename D::Product p{width(1), nullptr, 1, length, front, nullptr, nullptr, job.mean && member, n_lanes, nullptr, room};
+    typename D::Product p{width(1), nullptr, 1, length, front, nullptr, nullptr, job.mean && member, n_lanes, {}, room};
     for (const Run& run : job.filled_only ? filled : Runs{all, 1}) {
         p.w = weight(0, member) + run.begin, p.out = total + run.begin * BLOCK;
-        p.packed = packed_back(0, member, run.begin), p.turned = p.packed;
+        p.packed = back_from(0, member, run.begin), p.turned = p.packed.strips;
         D::multiply(run.end - run.begin, p);
         p.prepared = true;
     }
@@ -132,7 +137,7 @@ template <class T> void Networks<T>::run(int64_t first) {
         T* row = job.mean ? gradient : gradient + m * job.n_atoms * length;
         for (int r = 0; r < n_rows; ++r) to[r] = row + atoms[r] * length;
         D::from_lanes(length, n_rows, total, job.mean ? T(1) / T(job.n_members) : T(1), to,
-                      packed(0, m) != nullptr);
+                      forth(0, m).strips != nullptr);
     }
 }
 

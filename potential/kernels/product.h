@@ -19,6 +19,12 @@ struct Runs {
     const Run* end() const { return first + n; }
 };
 
+// Weights as tiles want them (tiles.h), or null: panels from the first output on, and scales of what is summed over.
+struct Packed {
+    const char* strips;
+    const float* scales;
+};
+
 // out[q] = start[q] + sum_i w[q step_out + i step_in] in[i] over n_lanes lanes, added to what is there if `add`.
 // One of the steps is 1. runs: the i to sum over, all of them if null.
 template <class T> struct Product {
@@ -29,7 +35,7 @@ template <class T> struct Product {
     T* out;
     bool add;
     int n_lanes;
-    const char* packed;                               // w as tiles want it, from the first output on; or null
+    Packed packed;
     char* room;                                       // for tiles
     const Runs* runs = nullptr;
     bool turned = false;                              // squares that tiles make on the way back stay (atoms, outputs)

@@ -2,8 +2,9 @@
 //
 // Numbers that are summed over share a scale, in which each is an integer of three digits of eight bits with signs: next to
 // the largest of them as precise as a float (Ozaki's scheme on integers, doi:10.1177/10943420241239588). Of the nine
-// products of the digits of two numbers the six largest are formed. Sums of integers are exact, so their order does not
-// matter, and an atom's result does not depend on others in its block.
+// products of the digits of two numbers the six largest are formed. So that what is small does not count for little because
+// of that, weights are balanced first. Sums of integers are exact: their order does not matter, and an atom's result does
+// not depend on others in its block.
 //
 // What is summed over comes DEPTH numbers at a time: a step. The digits of SIDE x DEPTH numbers are a panel of three tiles.
 // Weights are packed into panels once (pack), activations for each product (or less often: Product.prepared).
@@ -19,8 +20,9 @@ namespace {
 template <class T> struct Tiles {
     struct Configured { Configured() {} };
     static size_t packed_bytes(int, int) { return 0; }
-    static void pack(int, int, const T*, char*) {}
-    static const char* backward(int, int, const char*, int) { return nullptr; }
+    static void pack(int, int, const T*, int, const T*, char*) {}
+    static Packed forth(int, int, const char*) { return {}; }
+    static Packed back(int, int, const char*, int) { return {}; }
     static size_t room_bytes(int) { return 0; }
     static int multiply(int, const Product<T>&) { return 0; }
     static int add_outer(int, const Outer<T>&, const Run&) { return 0; }
@@ -49,19 +51,32 @@ public:
         Configured(const Configured&) = delete;
     };
 
-    // Weights (n_out, n_in) when packed: panels for SIDE outputs after one another, first for the way forth, then for the way
-    // back, whose outputs are the inputs. Only whole tiles are packed, and of layers with less nothing is.
+    // Weights (n_out, n_in) when packed: for the way forth, then for the way back, whose outputs are the inputs, scales and
+    // panels for SIDE outputs after one another. Only whole tiles are packed, and of layers with less nothing is.
     static size_t packed_bytes(int n_out, int n_in) {
-        return n_out < SIDE || n_in < SIDE ? 0 : n_out / SIDE * strip_bytes(n_in) + n_in / SIDE * strip_bytes(n_out);
+        if (n_out < SIDE || n_in < SIDE) return 0;
+        return 2 * scales_bytes(n_in) + n_out / SIDE * strip_bytes(n_in) + 2 * scales_bytes(n_out) + n_in / SIDE * strip_bytes(n_out);
     }
-    static const char* backward(int n_out, int n_in, const char* packed, int first) {
-        return !packed ? nullptr : packed + n_out / SIDE * strip_bytes(n_in) + first / SIDE * strip_bytes(n_out);
+    static Packed forth(int, int n_in, const char* packed) {
+        if (!packed) return {};
+        return {packed + 2 * scales_bytes(n_in), reinterpret_cast<const float*>(packed)};
+    }
+    static Packed back(int n_out, int n_in, const char* packed, int first) {
+        if (!packed) return {};
+        packed += 2 * scales_bytes(n_in) + n_out / SIDE * strip_bytes(n_in);
+        return {packed + 2 * scales_bytes(n_out) + first / SIDE * strip_bytes(n_out), reinterpret_cast<const float*>(packed)};
     }
 
-    static void pack(int n_out, int n_in, const float* w, char* packed) {
+    // Inputs get scales by weights (n_like, n_in), which are those of all networks that see the same inputs.
+    static void pack(int n_out, int n_in, const float* w, int n_like, const float* like, char* packed) {
         if (packed_bytes(n_out, n_in) == 0) return;
-        for (int o = 0; o + SIDE <= n_out; o += SIDE, packed += strip_bytes(n_in)) pack_rows(n_in, w + o * n_in, n_in, packed);
-        for (int i = 0; i + SIDE <= n_in; i += SIDE, packed += strip_bytes(n_out)) weave(n_out, w + i, n_in, packed);
+        const Packed there = forth(n_out, n_in, packed), back_again = back(n_out, n_in, packed, 0);
+        const float* by = balance<false>(n_like, n_in, like, const_cast<float*>(there.scales));
+        char* strip = const_cast<char*>(there.strips);
+        for (int o = 0; o + SIDE <= n_out; o += SIDE, strip += strip_bytes(n_in)) pack_rows(n_in, w + o * n_in, n_in, by, strip);
+        by = balance<true>(n_out, n_in, w, const_cast<float*>(back_again.scales));
+        strip = const_cast<char*>(back_again.strips);
+        for (int i = 0; i + SIDE <= n_in; i += SIDE, strip += strip_bytes(n_out)) weave(n_out, w + i, n_in, by, strip);
     }
 
     // ---- products --------------------------------------------------------------------------------------------------
@@ -75,7 +90,7 @@ public:
     // The first outputs of n_out, as many as tiles hold; returns their number.
     static int multiply(int n_out, const Product<float>& p) {
         n_out = n_out / SIDE * SIDE;
-        if (n_out == 0 || !p.packed) return 0;
+        if (n_out == 0 || !p.packed.strips) return 0;
         if (p.step_in == 1) Tiles(p).run<true>(n_out);
         else Tiles(p).run<false>(n_out);
         return n_out;
@@ -89,10 +104,10 @@ public:
         char *strips = room.left, *levels = room.levels[0], *former = room.levels[1];
         for (int s = 0; s < 2; ++s, strips += n_out / SIDE * ATOMS_BYTES) {
             for (int o = 0; o < n_out && !p.prepared; o += SIDE) {
-                pack_rows(p.n_rows, p.left[s] + o * BLOCK, BLOCK, strips + o / SIDE * ATOMS_BYTES);
+                pack_rows(p.n_rows, p.left[s] + o * BLOCK, BLOCK, nullptr, strips + o / SIDE * ATOMS_BYTES);
             }
             for (int i = inputs.begin; i < inputs.end; i += SIDE) {
-                weave(p.n_rows, p.rows[s] + i, p.row_length, room.right);
+                weave(p.n_rows, p.rows[s] + i, p.row_length, nullptr, room.right);
                 load<5>(room.right), load<6>(room.right + TILE), load<7>(room.right + 2 * TILE);
                 const char* left = strips;
                 for (int o = 0; o < n_out; o += SIDE, left += ATOMS_BYTES) {
@@ -113,6 +128,8 @@ private:
     static constexpr int n_steps_of(int width) { return (width + DEPTH - 1) / DEPTH; }
     static constexpr int clamp(int n) { return n < 0 ? 0 : n > SIDE ? SIDE : n; }
 
+    // Scales, and their inverses after them; of 1 beyond the last.
+    static constexpr size_t scales_bytes(int width) { return sizeof(float) * DEPTH * n_steps_of(width); }
     // Panels for SIDE outputs, and what a first digit of 1 is worth in each of them.
     static constexpr size_t strip_bytes(int width) { return n_steps_of(width) * PANEL + UNITS; }
     static const float* units_of(const char* strip, int width) {
@@ -153,7 +170,7 @@ private:
         const int n_steps = *room.n_steps;
         if (n_steps == 0) return start(n_out);
         const int64_t bytes = strip_bytes(p.n_in), bytes_ahead = (bytes / 64 / (n_tiles * n_steps) + 1) * 64;
-        const char* strip = p.packed;
+        const char* strip = p.packed.strips;
         char *levels = room.levels[0], *former = room.levels[1];
         for (int o = 0; o < n_out; o += SIDE, strip += bytes) {
             const char* ahead = strip + bytes;
@@ -191,7 +208,7 @@ private:
         *room.n_steps = n;
         for (int t = 0; t < n_tiles; ++t) {
             char* strip = room.strips + t * strip_bytes(p.n_in);
-            weave(p.n_in, p.in + t * SIDE, BLOCK, strip, room.steps, n);
+            weave(p.n_in, p.in + t * SIDE, BLOCK, p.packed.scales, strip, room.steps, n);
             for (int k = 0; k < n * DIGITS && !FORTH; ++k) turn_over(strip + k * TILE);
         }
     }
@@ -247,10 +264,39 @@ private:
         }
     };
 
-    // SIDE rows of n numbers, `step` from row to row, and what they are worth.
-    static void pack_rows(int n, const float* rows, int64_t step, char* strip) {
+    // Scales of what weights (n_out, n_in) are multiplied by, inputs or (ACROSS) outputs: powers of two near the mean size of
+    // its weights. Scaled weights are alike then, and what is scaled is as large as what it adds to sums. Returns inverses.
+    template <bool ACROSS> static const float* balance(int n_out, int n_in, const float* w, float* scales) {
+        const int n = ACROSS ? n_out : n_in, n_weights = ACROSS ? n_in : n_out;
+        float* inverses = scales + scales_bytes(n) / sizeof(float);
+        memset(scales, 0, scales_bytes(n));
+        for (int o = 0; o < n_out; ++o) {
+            V sum{};
+            for (int i = 0; i < n_in; i += SIDE) {
+                const I bits = sizes(S::load_masked(w + o * n_in + i, S::lanes(0, clamp(n_in - i))));
+                const V size = (V)(bits & (bits < 0x7f000000));  // if it is finite, and not too large to be summed
+                if (ACROSS) sum += size;
+                else S::store(scales + i, S::load(scales + i) + size);
+            }
+            if (ACROSS) scales[o] = S::sum(sum);
+        }
+        for (int k = 0; k < n_steps_of(n) * DEPTH; ++k) {
+            const float mean = scales[k] / float(n_weights);
+            int bits;
+            memcpy(&bits, &mean, sizeof(bits));
+            bits = mean < 1e-15f || mean > 1e15f ? 127 << 23 : bits & 0x7f800000;  // 1, or less its mantissa
+            memcpy(scales + k, &bits, sizeof(bits)), inverses[k] = 1 / scales[k];
+        }
+        return inverses;
+    }
+
+    // SIDE rows of n numbers, `step` from row to row, and what they are worth. by: factors of numbers, or null.
+    static void pack_rows(int n, const float* rows, int64_t step, const float* by, char* strip) {
         for (int r = 0; r < SIDE; ++r, rows += step) {
-            const auto part = [&](int k) { return S::load_masked(rows + k, S::lanes(0, clamp(n - k))); };
+            const auto part = [&](int k) {
+                const V v = S::load_masked(rows + k, S::lanes(0, clamp(n - k)));
+                return by ? v * S::load(by + k) : v;
+            };
             I largest{};
             for (int k = 0; k < n; k += SIDE) largest = larger(largest, sizes(part(k)));
             const Scale scale(largest_of(largest));
@@ -263,12 +309,14 @@ private:
     }
 
     // n numbers in each of SIDE lanes, `step` from one to the next, and what they are worth; of the steps in a list, or of all.
-    static INLINE void weave(int n, const float* from, int64_t step, char* strip, const int32_t* steps = nullptr, int n_steps = 0) {
+    static INLINE void weave(int n, const float* from, int64_t step, const float* by, char* strip, const int32_t* steps = nullptr,
+                             int n_steps = 0) {
         if (!steps) n_steps = n_steps_of(n);
+        const auto number = [&](int k) { return by ? S::load(from + k * step) * by[k] : S::load(from + k * step); };
         I largest{};
         for (int i = 0; i < n_steps; ++i) {
             const int first = (steps ? steps[i] : i) * DEPTH, end = first + DEPTH < n ? first + DEPTH : n;
-            for (int k = first; k < end; ++k) largest = larger(largest, sizes(S::load(from + k * step)));
+            for (int k = first; k < end; ++k) largest = larger(largest, sizes(number(k)));
         }
         const Scale scale(largest);
         S::store(const_cast<float*>(units_of(strip, n)), scale.unit);
@@ -276,10 +324,7 @@ private:
             const int first = (steps ? steps[i] : i) * DEPTH;
             for (int j = 0; j < SIDE; ++j) {
                 V v[PARTS];
-                for (int c = 0; c < PARTS; ++c) {
-                    const int k = first + c * SIDE + j;
-                    v[c] = k < n ? S::load(from + k * step) : V{};
-                }
+                for (int c = 0; c < PARTS; ++c) v[c] = first + c * SIDE + j < n ? number(first + c * SIDE + j) : V{};
                 store_digits(v, scale.factor, strip + i * PANEL + j * ROW);
             }
         }

@@ -90,15 +90,16 @@ private:
         return static_cast<T*>(job.tape) + before + member * tape_numbers<T>(job, element);
     }
     T* tape(int64_t first) const { return tape() + first / BLOCK * 2 * all_hidden * BLOCK; }
-    // Where a layer's packed weights are, on the way forth and on the way back; null if nowhere.
+    // Where a layer's packed weights are, null if nowhere; on the way forth, and on the way back for outputs from `first` on.
     char* packed(int layer) const {
         if (Tiles::packed_bytes(width(layer + 1), width(layer)) == 0) return nullptr;
         size_t before = 0;
         for (int k = 0; k < layer; ++k) before += Tiles::packed_bytes(width(k + 1), width(k));
         return reinterpret_cast<char*>(tape((n_atoms + BLOCK - 1) / BLOCK * BLOCK)) + before;
     }
-    const char* packed_back(int layer, int first) const {
-        return Tiles::backward(width(layer + 1), width(layer), packed(layer), first);
+    Packed forth(int layer) const { return Tiles::forth(width(layer + 1), width(layer), packed(layer)); }
+    Packed back_from(int layer, int first) const {
+        return Tiles::back(width(layer + 1), width(layer), packed(layer), first);
     }
     // Of the block that begins with this atom: how many atoms, and their rows of an array (n_atoms, per_atom).
     int rows_from(int64_t first) const { return int(n_atoms - first < BLOCK ? n_atoms - first : BLOCK); }
@@ -127,7 +128,9 @@ private:
 };
 
 template <class T> void Layers<T>::forward() {
-    for (int k = 0; k <= n_hidden && n_atoms; ++k) Tiles::pack(width(k + 1), width(k), weight(k), packed(k));
+    for (int k = 0; k <= n_hidden && n_atoms; ++k) {
+        Tiles::pack(width(k + 1), width(k), weight(k), width(k + 1), weight(k), packed(k));
+    }
     for (int64_t first = 0; first < n_atoms; first += BLOCK) forward_block(first);
 }
 
@@ -141,7 +144,7 @@ template <class T> void Layers<T>::forward_block(int64_t first) {
     const Runs filled = D::filled(length, n_rows, {from}, runs);
     const T* in = input;
     for (int k = 0; k < n_hidden; ++k) {
-        typename D::Product p{width(k), weight(k), width(k), 1, in, bias(k), out, false, n_lanes, packed(k), room};
+        typename D::Product p{width(k), weight(k), width(k), 1, in, bias(k), out, false, n_lanes, forth(k), room};
         if (k == 0) p.runs = &filled;
         D::multiply(width(k + 1), p);
         D::activate(width(k + 1), alpha, out, n_lanes);
@@ -149,7 +152,7 @@ template <class T> void Layers<T>::forward_block(int64_t first) {
     }
     const T* last = weight(n_hidden);
     D::multiply(1, {width(n_hidden), last, width(n_hidden), 1, in, bias(n_hidden), back, false, n_lanes,
-                    packed(n_hidden), room});
+                    forth(n_hidden), room});
     T* energies = own(job.energies, 1);
     for (int r = 0; r < n_rows; ++r) energies[atoms[first + r]] = back[r];
 
@@ -158,7 +161,7 @@ template <class T> void Layers<T>::forward_block(int64_t first) {
         pull -= width(k) * BLOCK, out -= width(k) * BLOCK;
         if (above) {
             D::multiply(width(k), {width(k + 1), weight(k), 1, width(k), above, nullptr, pull, false, n_lanes,
-                                   packed_back(k, 0), room});
+                                   back_from(k, 0), room});
         } else {
             for (int j = 0; j < width(k); ++j)
                 for (int t = 0; t < n_lanes; t += W) S::store(pull + j * BLOCK + t, S::all(last[j]));
@@ -166,10 +169,10 @@ template <class T> void Layers<T>::forward_block(int64_t first) {
         D::apply_slope(width(k), alpha, out, pull, pull, n_lanes);
         above = pull;
     }
-    typename D::Product p{width(1), nullptr, 1, length, above, nullptr, nullptr, false, n_lanes, nullptr, room};
+    typename D::Product p{width(1), nullptr, 1, length, above, nullptr, nullptr, false, n_lanes, {}, room};
     for (const Run& run : filled) {                   // what is zero stays zero: no atom of the block moves it
         p.w = weight(0) + run.begin, p.out = input + run.begin * BLOCK;
-        p.packed = packed_back(0, run.begin), p.turned = p.packed;
+        p.packed = back_from(0, run.begin), p.turned = p.packed.strips;
         D::multiply(run.end - run.begin, p);
         p.prepared = true;
     }
@@ -221,7 +224,7 @@ template <class T> void Layers<T>::gradient_block(int64_t first) {
         const Run all[] = {{0, n_in}};
         for (const Run& run : k ? Runs{all, 1} : filled) D::add_outer(n_out, outer, run), outer.prepared = true;
         if (k) D::multiply(n_in, {n_out, weight(k), 1, n_in, z_back, nullptr, back, false, n_lanes,
-                               packed_back(k, 0), room});
+                               back_from(k, 0), room});
     }
 }
 
@@ -231,7 +234,7 @@ template <class T> void Layers<T>::push(const T* hidden, int n_lanes, const Runs
     T *out = tangents + length * BLOCK, *tilt = tilts;
     for (int k = 0; k < n_hidden; ++k) {
         const int n = width(k + 1);
-        typename D::Product p{width(k), weight(k), width(k), 1, in, nullptr, tilt, false, n_lanes, packed(k), room};
+        typename D::Product p{width(k), weight(k), width(k), 1, in, nullptr, tilt, false, n_lanes, forth(k), room};
         if (k == 0) p.runs = &filled;
         D::multiply(n, p);
         D::apply_slope(n, alpha, hidden, tilt, out, n_lanes);
