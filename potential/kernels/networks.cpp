@@ -48,8 +48,9 @@ public:
     void run(int64_t first);
     void pack(int member, char* out) const {
         for (int k = 0; k < n_layers; ++k) {
-            const int n_like = width(k + 1) * (k ? 1 : int(job.n_members));
-            Tiles::pack(width(k + 1), width(k), weight(k, member), n_like, weight(k, k ? member : 0), packed_in(out, k, member));
+            const bool shared = k == 0;               // the inputs, by all members
+            Tiles::pack(width(k + 1), width(k), weight(k, member), shared ? int(job.n_members) : 1,
+                        weight(k, shared ? 0 : member), packed_in(out, k, member));
         }
     }
 
@@ -62,18 +63,19 @@ private:
         return static_cast<const T*>(job.biases[layer]) + int64_t(member) * width(layer + 1);
     }
 
-    // Where a layer's packed weights are, null if nowhere; on the way forth, and on the way back for outputs from `first` on.
+    // Where a layer's packed weights are, null if nowhere; on the way forth, and back for outputs from `first` on.
     template <class Byte> Byte* packed_in(Byte* all, int layer, int member) const {
         if (!all || Tiles::packed_bytes(width(layer + 1), width(layer)) == 0) return nullptr;
         all += member * packed_bytes;
         for (int k = 0; k < layer; ++k) all += Tiles::packed_bytes(width(k + 1), width(k));
         return all;
     }
-    Packed forth(int layer, int member) const {
-        return Tiles::forth(width(layer + 1), width(layer), packed_in(static_cast<const char*>(job.packed), layer, member));
+    const char* packed(int layer, int member) const {
+        return packed_in(static_cast<const char*>(job.packed), layer, member);
     }
+    Packed forth(int layer, int member) const { return Tiles::forth(width(layer), packed(layer, member)); }
     Packed back_from(int layer, int member, int first) const {
-        return Tiles::back(width(layer + 1), width(layer), packed_in(static_cast<const char*>(job.packed), layer, member), first);
+        return Tiles::back(width(layer + 1), width(layer), packed(layer, member), first);
     }
 
     void propagate(int member);
@@ -107,7 +109,8 @@ template <class T> void Networks<T>::backpropagate(int member) {
         front = back, back = swapped;
     }
     const Run all[] = {{0, length}};
-    typename D::Product p{width(1), nullptr, 1, length, front, nullptr, nullptr, job.mean && member, n_lanes, {}, room};
+    typename D::Product p{width(1), nullptr, 1, length, front, nullptr, nullptr, job.mean && member, n_lanes, {},
+                          room};
     for (const Run& run : job.filled_only ? filled : Runs{all, 1}) {
         p.w = weight(0, member) + run.begin, p.out = total + run.begin * BLOCK;
         p.packed = back_from(0, member, run.begin), p.turned = p.packed.strips;
@@ -137,7 +140,7 @@ template <class T> void Networks<T>::run(int64_t first) {
         T* row = job.mean ? gradient : gradient + m * job.n_atoms * length;
         for (int r = 0; r < n_rows; ++r) to[r] = row + atoms[r] * length;
         D::from_lanes(length, n_rows, total, job.mean ? T(1) / T(job.n_members) : T(1), to,
-                      forth(0, m).strips != nullptr);
+                      packed(0, m) != nullptr);
     }
 }
 

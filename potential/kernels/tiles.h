@@ -1,7 +1,7 @@
 // How are matrices of floats multiplied by AMX tiles, which hold integers of eight bits?
 //
 // Numbers that are summed over share a scale, in which each is an integer of three digits of eight bits with signs: next to
-// the largest of them as precise as a float (Ozaki's scheme on integers, doi:10.1177/10943420241239588). Of the nine
+// the largest of them as precise as a float (Ozaki's scheme on integers, arXiv:2306.11975). Of the nine
 // products of the digits of two numbers the six largest are formed. So that what is small does not count for little because
 // of that, weights are balanced first. Sums of integers are exact: their order does not matter, and an atom's result does
 // not depend on others in its block.
@@ -21,7 +21,7 @@ template <class T> struct Tiles {
     struct Configured { Configured() {} };
     static size_t packed_bytes(int, int) { return 0; }
     static void pack(int, int, const T*, int, const T*, char*) {}
-    static Packed forth(int, int, const char*) { return {}; }
+    static Packed forth(int, const char*) { return {}; }
     static Packed back(int, int, const char*, int) { return {}; }
     static size_t room_bytes(int) { return 0; }
     static int multiply(int, const Product<T>&) { return 0; }
@@ -55,25 +55,29 @@ public:
     // panels for SIDE outputs after one another. Only whole tiles are packed, and of layers with less nothing is.
     static size_t packed_bytes(int n_out, int n_in) {
         if (n_out < SIDE || n_in < SIDE) return 0;
-        return 2 * scales_bytes(n_in) + n_out / SIDE * strip_bytes(n_in) + 2 * scales_bytes(n_out) + n_in / SIDE * strip_bytes(n_out);
+        const size_t there = 2 * scales_bytes(n_in) + n_out / SIDE * strip_bytes(n_in);
+        return there + 2 * scales_bytes(n_out) + n_in / SIDE * strip_bytes(n_out);
     }
-    static Packed forth(int, int n_in, const char* packed) {
+    static Packed forth(int n_in, const char* packed) {
         if (!packed) return {};
         return {packed + 2 * scales_bytes(n_in), reinterpret_cast<const float*>(packed)};
     }
     static Packed back(int n_out, int n_in, const char* packed, int first) {
         if (!packed) return {};
         packed += 2 * scales_bytes(n_in) + n_out / SIDE * strip_bytes(n_in);
-        return {packed + 2 * scales_bytes(n_out) + first / SIDE * strip_bytes(n_out), reinterpret_cast<const float*>(packed)};
+        const char* strips = packed + 2 * scales_bytes(n_out);
+        return {strips + first / SIDE * strip_bytes(n_out), reinterpret_cast<const float*>(packed)};
     }
 
-    // Inputs get scales by weights (n_like, n_in), which are those of all networks that see the same inputs.
-    static void pack(int n_out, int n_in, const float* w, int n_like, const float* like, char* packed) {
+    // Inputs get their scales by all weights (n_networks, n_out, n_in) of networks that share them, which begin at first.
+    static void pack(int n_out, int n_in, const float* w, int n_networks, const float* first, char* packed) {
         if (packed_bytes(n_out, n_in) == 0) return;
-        const Packed there = forth(n_out, n_in, packed), back_again = back(n_out, n_in, packed, 0);
-        const float* by = balance<false>(n_like, n_in, like, const_cast<float*>(there.scales));
+        const Packed there = forth(n_in, packed), back_again = back(n_out, n_in, packed, 0);
+        const float* by = balance<false>(n_networks * n_out, n_in, first, const_cast<float*>(there.scales));
         char* strip = const_cast<char*>(there.strips);
-        for (int o = 0; o + SIDE <= n_out; o += SIDE, strip += strip_bytes(n_in)) pack_rows(n_in, w + o * n_in, n_in, by, strip);
+        for (int o = 0; o + SIDE <= n_out; o += SIDE, strip += strip_bytes(n_in)) {
+            pack_rows(n_in, w + o * n_in, n_in, by, strip);
+        }
         by = balance<true>(n_out, n_in, w, const_cast<float*>(back_again.scales));
         strip = const_cast<char*>(back_again.strips);
         for (int i = 0; i + SIDE <= n_in; i += SIDE, strip += strip_bytes(n_out)) weave(n_out, w + i, n_in, by, strip);
@@ -236,7 +240,8 @@ private:
         for (int i = 0; i < SIDE; ++i) S::store(out + i * BLOCK, square[i] + before(o + i, out + i * BLOCK));
     }
 
-    static INLINE void finish(const Outer<float>& p, int o, int i, const char* left, const char* right, const char* levels) {
+    static INLINE void finish(const Outer<float>& p, int o, int i, const char* left, const char* right,
+                              const char* levels) {
         const V inputs = S::load(units_of(right, BLOCK));
         for (int r = 0; r < SIDE; ++r) {
             float* out = p.out + int64_t(o + r) * p.row_length + i;
@@ -264,8 +269,9 @@ private:
         }
     };
 
-    // Scales of what weights (n_out, n_in) are multiplied by, inputs or (ACROSS) outputs: powers of two near the mean size of
-    // its weights. Scaled weights are alike then, and what is scaled is as large as what it adds to sums. Returns inverses.
+    // Scales of what weights (n_out, n_in) are multiplied by, inputs or (ACROSS) outputs: powers of two near the mean size
+    // of its weights. Scaled weights are alike then, and what is scaled is as large as what it adds to sums. Returns the
+    // inverses.
     template <bool ACROSS> static const float* balance(int n_out, int n_in, const float* w, float* scales) {
         const int n = ACROSS ? n_out : n_in, n_weights = ACROSS ? n_in : n_out;
         float* inverses = scales + scales_bytes(n) / sizeof(float);
@@ -308,9 +314,10 @@ private:
         }
     }
 
-    // n numbers in each of SIDE lanes, `step` from one to the next, and what they are worth; of the steps in a list, or of all.
-    static INLINE void weave(int n, const float* from, int64_t step, const float* by, char* strip, const int32_t* steps = nullptr,
-                             int n_steps = 0) {
+    // n numbers in each of SIDE lanes, `step` from one to the next, and what they are worth; of the steps in a list, or
+    // of all.
+    static INLINE void weave(int n, const float* from, int64_t step, const float* by, char* strip,
+                             const int32_t* steps = nullptr, int n_steps = 0) {
         if (!steps) n_steps = n_steps_of(n);
         const auto number = [&](int k) { return by ? S::load(from + k * step) * by[k] : S::load(from + k * step); };
         I largest{};

@@ -11,7 +11,7 @@
 
 namespace {
 
-// How many numbers of the tape belong to one member's networks of an element: packed weights, h and dE/dz of hidden layers.
+// How many numbers of the tape belong to one member's networks of an element: h and dE/dz of hidden layers, packed weights.
 template <class T> int64_t tape_numbers(const LayersJob& job, int64_t element) {
     const LayersShape& shape = job.shapes[element];
     int64_t all_hidden = 0;
@@ -90,14 +90,14 @@ private:
         return static_cast<T*>(job.tape) + before + member * tape_numbers<T>(job, element);
     }
     T* tape(int64_t first) const { return tape() + first / BLOCK * 2 * all_hidden * BLOCK; }
-    // Where a layer's packed weights are, null if nowhere; on the way forth, and on the way back for outputs from `first` on.
+    // Where a layer's packed weights are, null if nowhere; on the way forth, and back for outputs from `first` on.
     char* packed(int layer) const {
         if (Tiles::packed_bytes(width(layer + 1), width(layer)) == 0) return nullptr;
         size_t before = 0;
         for (int k = 0; k < layer; ++k) before += Tiles::packed_bytes(width(k + 1), width(k));
         return reinterpret_cast<char*>(tape((n_atoms + BLOCK - 1) / BLOCK * BLOCK)) + before;
     }
-    Packed forth(int layer) const { return Tiles::forth(width(layer + 1), width(layer), packed(layer)); }
+    Packed forth(int layer) const { return Tiles::forth(width(layer), packed(layer)); }
     Packed back_from(int layer, int first) const {
         return Tiles::back(width(layer + 1), width(layer), packed(layer), first);
     }
@@ -129,7 +129,7 @@ private:
 
 template <class T> void Layers<T>::forward() {
     for (int k = 0; k <= n_hidden && n_atoms; ++k) {
-        Tiles::pack(width(k + 1), width(k), weight(k), width(k + 1), weight(k), packed(k));
+        Tiles::pack(width(k + 1), width(k), weight(k), 1, weight(k), packed(k));
     }
     for (int64_t first = 0; first < n_atoms; first += BLOCK) forward_block(first);
 }
