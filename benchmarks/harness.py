@@ -32,7 +32,7 @@ class Row:
 
     value: in `unit`; `less` says that smaller is better. at_least, aim: the bars, None where there is none.
     ours, peer: absolute figures in words. quartiles: of the value over rounds. agreement: largest deviation from the
-    peer, in words. roofline: share of the machine's own rate.
+    peer, in words. roofline: share of the machine's own rate, which tiles of integers may exceed.
     """
 
     work: str

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from benchmarks.harness import interleave, settle
+from potential.kernels import library
 
 __all__ = ["Machine", "describe"]
 
@@ -25,7 +26,7 @@ KNOWN = "SMELT_BENCH_MACHINE"  # rates that were measured before, as JSON
 
 @dataclass(frozen=True)
 class Machine:
-    """float32 operations per s (in matrix products), and bytes per s (read and written together, in copies)."""
+    """float32 operations per s (in torch's matrix products), and bytes per s (read and written together, in copies)."""
 
     flops: float
     bytes: float
@@ -54,6 +55,8 @@ def describe() -> dict[str, Any]:
         platform.processor(),
     )
     flags = torch.backends.cpu.get_cpu_capability()
+    if library.available():
+        flags += f", kernels {library.LEVELS[library.level()]}"
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     cores = len(os.sched_getaffinity(0))
     return {"cpu": cpu, "instructions": flags, "cores": cores, "gpu": gpu, "python": platform.python_version(),

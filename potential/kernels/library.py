@@ -58,6 +58,7 @@ class AevShape(ctypes.Structure):
 class Networks(ctypes.Structure):
     """NetworksJob of networks.h."""
 
+    holds: object = None  # what `packed` points to
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("n_members", "n_layers", "n_rows", "n_atoms")),
         ("widths", ctypes.POINTER(ctypes.c_int64)),

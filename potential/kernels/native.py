@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
-import threading
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -63,7 +63,7 @@ __all__ = [
     "shortest_distances",
 ]
 
-PACKING = threading.Lock()
+PACKED: weakref.WeakKeyDictionary[Stack, Packed] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -71,13 +71,16 @@ class Packed:
     """Weights as tiles want them. The weights themselves are kept, so that no others can take their place in memory."""
 
     weights: Sequence[torch.Tensor]
-    versions: Sequence[int]
+    versions: Sequence[int | None]
     numbers: torch.Tensor
 
     def is_still_of(self, weights: Sequence[torch.Tensor]) -> bool:
         """Whether these are the same weights, not written to since, as far as PyTorch counts."""
         known = zip(weights, self.weights, self.versions, strict=True)
-        return all(weight.data_ptr() == own.data_ptr() and own._version == version for weight, own, version in known)
+        return all(
+            weight.data_ptr() == own.data_ptr() and version is not None and _count_writes(own) == version
+            for weight, own, version in known
+        )
 
 
 @dataclass(frozen=True)
@@ -290,6 +293,7 @@ def evaluate(
     self_energies = self_energies.double().contiguous()
     _check("row", row, (n_atoms + 1,))
     _check("shift", shift, (other.shape[0], 3))
+    networks = [_networks(stack, p.length, dtype, celu_alpha) for stack in stacks]
     job = Evaluate(
         ctypes.pointer(_shape(p)),
         *(t.data_ptr() for t in (row, other, shift, structures.frame_of_atom, structures.species, positions, cells)),
@@ -297,7 +301,7 @@ def evaluate(
         n_frames,
         n_gradients,
         structures.first_atom.data_ptr(),
-        (Networks * len(stacks))(*(_networks(stack, p.length, dtype, celu_alpha) for stack in stacks)),
+        (Networks * len(stacks))(*networks),
         self_energies.data_ptr(),
         energy.data_ptr(),
         forces.data_ptr(),
@@ -358,25 +362,31 @@ def _networks(stack: Stack, length: int, dtype: torch.dtype, celu_alpha: float) 
         None,
         celu_alpha,
     )
-    job.packed = _packed(stack, job, dtype)
+    packed = _packed(stack, job, dtype)
+    if packed is not None:
+        job.packed, job.holds = packed.numbers.data_ptr(), packed
     return job
 
 
-def _packed(stack: Stack, job: Networks, dtype: torch.dtype) -> int | None:
-    """Where the weights are as tiles want them: packed when they are first seen, and again when they have changed."""
+def _packed(stack: Stack, job: Networks, dtype: torch.dtype) -> Packed | None:
+    """The weights as tiles want them: packed when they are first seen, and again when they have changed."""
     is_double = dtype == torch.float64
     n_bytes = library().smelt_packed_bytes(level(), is_double, ctypes.byref(job))
     if not n_bytes:
         return None
-    with PACKING:  # what another thread computes with must not be packed anew
-        if not stack.packed or not stack.packed[0].is_still_of(stack.weights):
-            numbers = torch.empty(n_bytes, dtype=torch.uint8)
-            if library().smelt_pack(level(), is_double, torch.get_num_threads(), ctypes.byref(job), numbers.data_ptr()):
-                raise MemoryError(f"no memory to pack the weights of {job.n_members} members")
-            weights = [weight.detach() for weight in stack.weights]
-            stack.packed[:] = [Packed(weights, [weight._version for weight in weights], numbers)]
-    at: int = stack.packed[0].numbers.data_ptr()
-    return at
+    packed = PACKED.get(stack)
+    if packed is None or not packed.is_still_of(stack.weights):
+        numbers = torch.empty(n_bytes, dtype=torch.uint8)
+        if library().smelt_pack(level(), is_double, torch.get_num_threads(), ctypes.byref(job), numbers.data_ptr()):
+            raise MemoryError(f"no memory to pack the weights of {job.n_members} members")
+        weights = [weight.detach() for weight in stack.weights]
+        packed = PACKED[stack] = Packed(weights, [_count_writes(weight) for weight in weights], numbers)
+    return packed
+
+
+def _count_writes(weight: torch.Tensor) -> int | None:
+    """How often PyTorch has seen it written to; None where it does not count."""
+    return None if weight.is_inference() else weight._version
 
 
 def forward_layers(

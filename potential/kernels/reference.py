@@ -19,8 +19,7 @@ import itertools
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 
@@ -73,13 +72,12 @@ ATOMS_PER_BLOCK = 128  # of the networks, for the same reason
 Features = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Stack:
     """Networks of all members for one element. Per layer weights (M, out, in) and biases (M, out); one output, eV."""
 
     weights: Sequence[torch.Tensor]
     biases: Sequence[torch.Tensor]
-    packed: list[Any] = field(default_factory=list, compare=False, repr=False)  # what a kernel made of the weights
 
 
 def aev_forward(vec: torch.Tensor, row: torch.Tensor, species_other: torch.Tensor, p: AEVParameters) -> torch.Tensor:

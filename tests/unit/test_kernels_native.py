@@ -300,22 +300,24 @@ def test_networks_lose_little_where_inputs_are_of_different_size_and_weights_mak
     assert gap(gradient * sizes, numeric(exact_gradient * sizes)) < TOLERANCE[torch.float32]
 
 
-def test_weights_that_were_written_to_are_used_as_they_are(simd: str) -> None:
-    random, aev = torch.manual_seed(8), torch.rand(20, 40)
-    weights = [torch.randn(2, o, i, generator=random) for i, o in ((40, 32), (32, 1))]
-    stack = reference.Stack(weights, [torch.zeros(2, 32), torch.zeros(2, 1)])
+@pytest.mark.parametrize("inference", [False, True])  # where PyTorch does not count what is written
+def test_weights_that_were_written_to_are_used_as_they_are(inference: bool, simd: str) -> None:
+    with torch.inference_mode(inference):
+        random, aev = torch.manual_seed(8), torch.rand(20, 40)
+        weights = [torch.randn(2, o, i, generator=random) for i, o in ((40, 32), (32, 1))]
+        stack = reference.Stack(weights, [torch.zeros(2, 32), torch.zeros(2, 1)])
 
-    def energies() -> torch.Tensor:
-        out = torch.zeros(2, 20)
-        native.networks(aev, torch.arange(20), stack, 0.1, out, torch.zeros(0, 20, 40))
-        return out
+        def energies() -> torch.Tensor:
+            out = torch.zeros(2, 20)
+            native.networks(aev, torch.arange(20), stack, 0.1, out, torch.zeros(0, 20, 40))
+            return out
 
-    before = energies()
-    weights[0][1] *= 2
-    after = energies()
-    assert torch.equal(after, run_networks([weight.clone() for weight in weights], aev)[0])
-    assert gap(after[0], numeric(before[0])) < TOLERANCE[torch.float32]  # but for a scale that members share
-    assert gap(after[1], numeric(before[1])) > 0.1
+        before = energies()
+        weights[0][1] *= 2
+        after = energies()
+        assert torch.equal(after, run_networks([weight.clone() for weight in weights], aev)[0])
+        assert gap(after[0], numeric(before[0])) < TOLERANCE[torch.float32]  # but for a scale that members share
+        assert gap(after[1], numeric(before[1])) > 0.1
 
 
 @pytest.mark.parametrize("broken", [torch.nan, torch.inf, -torch.inf])
