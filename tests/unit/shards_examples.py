@@ -14,6 +14,7 @@ LEVEL = Level("emt", "3.29.0", {"cutoffs": [1.5, None], "asap": True}, {"Al.upf"
 
 finite = st.floats(-1e6, 1e6, allow_subnormal=True)
 maybe_nan = finite | st.just(float("nan"))
+energies = finite.map(lambda energy: energy + 0.0)  # SQLite, where ASE's .db files are kept, has no -0.0
 text = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=12)
 origins = st.builds(
     Origin,
@@ -48,12 +49,12 @@ def labeled(draw: st.DrawFn) -> tuple[Frame, Label]:
     frame = draw(frames())
     upper = draw(hnp.arrays(float, (3, 3), elements=finite))
     label = Label(
-        energy=draw(finite),
+        energy=draw(energies),
         forces=draw(
             hnp.arrays(float, (frame.n_atoms, 3), elements=finite) | st.just(np.full((frame.n_atoms, 3), np.nan))
         ),
         stress=draw(st.sampled_from([np.triu(upper) + np.triu(upper, 1).T, np.full((3, 3), np.nan)])),
-        energy_extrapolated=draw(maybe_nan),
+        energy_extrapolated=draw(energies | st.just(float("nan"))),
         seconds=draw(st.floats(0, 1e6)),
         host=draw(text),
         scf_steps=draw(st.integers(0, 1000)),
