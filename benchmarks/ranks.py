@@ -1,8 +1,10 @@
 """Do two Horovod ranks train twice as many structures in the same time?
 
 Run: python -m benchmarks.ranks. Weak scaling of the trainer's own step, committee of 8, 32 cells of 32 atoms per rank
-and step. Time is that on the clock, so the machine has to be quiet; the share of CPU time that a rank spends on its
-step, not on its partner, is named beside it.
+and step. Time is that on the clock, so the machine has to be quiet. One rank without Horovod, on each of two
+processors, and two ranks take turns of a few steps; those whose turn it is not are stopped. Ranks wait for each other,
+so the slower processor is what two are compared with: on a machine of one's own both are the same. The share of CPU
+time that a rank spends on its step, not on its partner, is named beside it.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 from ase.build import bulk
 
@@ -34,7 +37,7 @@ from trainer.problem import Problem
 from trainer.step import Steps
 from trainer.world import join_world
 
-PER_RANK, N_STEPS, N_ROUNDS = 32, 40, 9
+PER_RANK, N_STEPS, N_ROUNDS = 32, 10, 21
 
 
 def cells(n: int) -> list[tuple[Frame, Label]]:
@@ -49,7 +52,7 @@ def cells(n: int) -> list[tuple[Frame, Label]]:
 
 
 def rank(n_ranks: int) -> None:
-    """Be one of the ranks; the first one prints seconds per step, on the clock and of the CPU."""
+    """Be one of the ranks; the first one takes steps for each line it reads, and prints what they took."""
     settle()
     world = join_world(n_ranks)
     committee = aluminium()
@@ -61,27 +64,71 @@ def rank(n_ranks: int) -> None:
         problem = Problem(dataset, np.zeros(1), networks, committee.aev, ["Al"], 8, settings, world.rank, world.n_ranks)
     parameters = networks.take(committee, torch.float32)
     adam, rates = Adam.like(parameters), torch.full((8,), 1e-9, dtype=torch.float64)
-    steps, seconds = Steps(problem, parameters), []
-    for number in range(N_STEPS):
-        (structures,) = problem.windows.epoch(0, number)
-        wall, cpu = time.perf_counter(), time.process_time()
-        gradient = steps.gradient(structures)
-        world.add_up(gradient, "gradient")
-        adam.update(parameters, gradient, rates)
-        seconds.append((time.perf_counter() - wall, time.process_time() - cpu))
-    if world.rank == 0:
-        print(json.dumps(seconds[3:]))
+    steps, number = Steps(problem, parameters), 0
+    for _ in range(1 + N_ROUNDS * 2 // n_ranks):
+        if world.rank == 0:
+            sys.stdin.readline()  # the other rank waits in its first step
+        seconds = []
+        for _ in range(N_STEPS):
+            (structures,) = problem.windows.epoch(0, number)
+            wall, cpu = time.perf_counter(), time.process_time()
+            gradient = steps.gradient(structures)
+            world.add_up(gradient, "gradient")
+            adam.update(parameters, gradient, rates)
+            seconds.append((time.perf_counter() - wall, time.process_time() - cpu))
+            number += 1
+        if world.rank == 0:
+            wall, cpu = (statistics.quantiles(each, n=4)[0] for each in zip(*seconds[1:], strict=True))
+            print(json.dumps([wall, cpu]), flush=True)
 
 
-def run(n_ranks: int) -> tuple[float, float]:
-    """First quartiles of seconds per step: on the clock, of the CPU."""
-    launcher = [word.format(ranks=n_ranks) for word in DEFAULT_LAUNCHER] if n_ranks > 1 else []
-    with mpi_folder() as scratch:
+class Ranks:
+    """Processes that take some steps when it is their turn, and are stopped otherwise."""
+
+    def __init__(self, n_ranks: int, scratch: str) -> None:
+        launcher = [word.format(ranks=n_ranks) for word in DEFAULT_LAUNCHER] if n_ranks > 1 else []
         environment = rank_environment(os.environ, n_ranks, DEFAULT_LAUNCHER, scratch) | {"OMP_NUM_THREADS": "1"}
         command = [*launcher, sys.executable, "-m", "benchmarks.ranks", "--rank-of", str(n_ranks)]
-        done = subprocess.run(command, check=True, env=environment, stdout=subprocess.PIPE, text=True)
-    wall, cpu = zip(*json.loads(done.stdout.splitlines()[-1]), strict=True)
-    return statistics.quantiles(wall, n=4)[0], statistics.quantiles(cpu, n=4)[0]
+        self._first = subprocess.Popen(
+            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+        )
+        self._take_steps()
+        family = [psutil.Process(self._first.pid), *psutil.Process(self._first.pid).children(recursive=True)]
+        self._ranks = [process for process in family if process.cmdline()[0] == sys.executable]
+        assert len(self._ranks) == n_ranks
+        self._stop()
+
+    def turn(self, processor: int | None = None) -> tuple[float, float]:
+        """First quartiles of seconds per step: on the clock, of the CPU. processor: on which, of a single rank."""
+        for process in self._ranks:
+            if processor is not None:
+                process.cpu_affinity([processor])
+            process.resume()
+        wall, cpu = self._take_steps()
+        self._stop()
+        return wall, cpu
+
+    def __enter__(self) -> Ranks:
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        for process in self._ranks:
+            process.resume()
+        if error:
+            self._first.terminate()
+        if self._first.wait(60) and not error:
+            raise RuntimeError(f"a rank ended with {self._first.returncode}")
+
+    def _take_steps(self) -> tuple[float, float]:
+        assert self._first.stdin is not None
+        assert self._first.stdout is not None
+        self._first.stdin.write("\n")
+        wall, cpu = json.loads(self._first.stdout.readline())
+        return wall, cpu
+
+    def _stop(self) -> None:
+        for process in self._ranks:
+            process.suspend()
 
 
 def main() -> None:
@@ -91,7 +138,9 @@ def main() -> None:
     if n_ranks:
         rank(n_ranks)
         return
-    rounds = [(run(1), run(2)) for _ in range(N_ROUNDS)]
+    with mpi_folder() as scratch, Ranks(1, scratch) as one_rank, Ranks(2, scratch) as two_ranks:
+        processors = sorted(os.sched_getaffinity(0))[:2]
+        rounds = [(max(map(one_rank.turn, processors)), two_ranks.turn()) for _ in range(N_ROUNDS)]
     low, share, high = statistics.quantiles((100 * one[0] / two[0] for one, two in rounds), n=4)
     busy = statistics.median(100 * one[1] / two[1] for one, two in rounds)
     publish(

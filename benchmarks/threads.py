@@ -2,10 +2,14 @@
 
 Run: python -m benchmarks.threads. On a machine that others use, wall time says little. So what counts is the CPU time
 of the busier thread: work that is not shared out, and what sharing costs, is in it; time taken away by others is not.
+Others slow down one processor or both for seconds. So one thread works on each of the two processors in turn, and its
+speed is the mean of both; two threads are twice as fast if they reach the sum. Short rounds, many of them.
 """
 
 from __future__ import annotations
 
+import os
+import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -17,22 +21,30 @@ from benchmarks.harness import Row, Times, compare, publish, settle
 from potential.neighbours import find_neighbours
 from potential.structures import Structures
 
-ROUNDS, CALLS = 9, 5
+ROUNDS = 31
+PROCESSORS = sorted(os.sched_getaffinity(0))[:2]
 
 
-def busier_thread(task: Callable[[], Any], n_threads: int) -> float:
+def busier_thread(task: Callable[[], Any], processors: set[int]) -> float:
     """CPU seconds of the calling thread, or of all its helpers together where that is more (there is one)."""
-    torch.set_num_threads(n_threads)
+    torch.set_num_threads(len(processors))
+    os.sched_setaffinity(0, processors)
     process, thread = time.process_time(), time.thread_time()
-    for _ in range(CALLS):
-        task()
+    task()
     own = time.thread_time() - thread
-    return max(own, time.process_time() - process - own) / CALLS
+    return max(own, time.process_time() - process - own)
 
 
 def row(work: str, task: Callable[[], Any], bars: tuple[float, float] | None) -> Row:
-    rounds = [(busier_thread(task, 1), busier_thread(task, 2)) for _ in range(ROUNDS + 1)][1:]
-    one, two = (Times(tuple(times)) for times in zip(*rounds, strict=True))
+    first, second = PROCESSORS
+    rounds = [
+        (
+            statistics.harmonic_mean([busier_thread(task, {each}) for each in PROCESSORS]),
+            busier_thread(task, {first, second}),
+        )
+        for _ in range(ROUNDS + 1)
+    ]
+    one, two = (Times(tuple(times)) for times in zip(*rounds[1:], strict=True))
     value, quartiles = compare(one, two)
     figures = (f"{1e3 * times.median:.2f} ms" for times in (two, one))
     return Row(work, value, "x", *(bars or (None, None)), *figures, quartiles)
