@@ -27,7 +27,6 @@ template <class T> struct Dense {
 
     using Product = ::Product<T>;
     using Outer = ::Outer<T>;
-
     using Tiles = ::Tiles<T>;
 
     static void multiply(int n_out, const Product& p) {

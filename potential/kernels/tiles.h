@@ -54,7 +54,8 @@ public:
     // Weights (n_out, n_in) when packed: for the way forth, then for the way back, whose outputs are the inputs, scales and
     // panels for SIDE outputs after one another. Only whole tiles are packed, and of layers with less nothing is.
     static size_t packed_bytes(int n_out, int n_in) {
-        if (n_out < SIDE || n_in < SIDE) return 0;
+        constexpr int MOST = 40'000;                  // sums of three products of digits stay below 2^31
+        if (n_out < SIDE || n_in < SIDE || n_out > MOST || n_in > MOST) return 0;
         const size_t there = 2 * scales_bytes(n_in) + n_out / SIDE * strip_bytes(n_in);
         return there + 2 * scales_bytes(n_out) + n_in / SIDE * strip_bytes(n_out);
     }
