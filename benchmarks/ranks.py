@@ -114,6 +114,8 @@ class Ranks:
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         for process in self._ranks:
             process.resume()
+        if self._first.stdin is not None:
+            self._first.stdin.close()
         if error:
             self._first.terminate()
         if self._first.wait(60) and not error:

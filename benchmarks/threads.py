@@ -36,11 +36,10 @@ def busier_thread(task: Callable[[], Any], processors: set[int]) -> float:
 
 
 def row(work: str, task: Callable[[], Any], bars: tuple[float, float] | None) -> Row:
-    first, second = PROCESSORS
     rounds = [
         (
             statistics.harmonic_mean([busier_thread(task, {each}) for each in PROCESSORS]),
-            busier_thread(task, {first, second}),
+            busier_thread(task, set(PROCESSORS)),
         )
         for _ in range(ROUNDS + 1)
     ]

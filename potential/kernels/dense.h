@@ -18,6 +18,13 @@ namespace {
 constexpr int OUTPUTS = 4, VECTORS = BYTES == 64 ? 4 : 2;
 constexpr int TALL_OUTPUTS = BYTES == 64 ? 12 : 6, TALL_VECTORS = 2;
 
+// Of the packed weights of n_layers layers.
+template <class T> size_t packed_bytes(const int64_t* widths, int64_t n_layers) {
+    size_t bytes = 0;
+    for (int64_t k = 0; k < n_layers; ++k) bytes += Tiles<T>::packed_bytes(int(widths[k + 1]), int(widths[k]));
+    return bytes;
+}
+
 template <class T> struct Dense {
     using S = Simd<T>;
     using V = typename S::V;

@@ -25,14 +25,13 @@ template <class T> class Networks {
     char *room, *input_room;                          // of products, and of those by the input
 
 public:
-    size_t used = 0, packed_bytes = 0;                // of the workspace, and of a member's packed weights
+    size_t used = 0;
 
     Networks(const NetworksJob& job, void* workspace)
         : job(job), n_layers(int(job.n_layers)), length(int(job.widths[0])), alpha(T(job.celu_alpha)) {
         for (int k = 0; k < n_layers; ++k) {
             widest = job.widths[k] > widest ? int(job.widths[k]) : widest;
             all_widths += width(k + 1);
-            packed_bytes += Tiles::packed_bytes(width(k + 1), width(k));
         }
         T* base = static_cast<T*>(workspace);
         for (T** piece : {&input, &total}) *piece = base + used, used += length * BLOCK;
@@ -66,9 +65,7 @@ private:
     // Where a layer's packed weights are, null if nowhere; on the way forth, and back for outputs from `first` on.
     template <class Byte> Byte* packed_in(Byte* all, int layer, int member) const {
         if (!all || Tiles::packed_bytes(width(layer + 1), width(layer)) == 0) return nullptr;
-        all += member * packed_bytes;
-        for (int k = 0; k < layer; ++k) all += Tiles::packed_bytes(width(k + 1), width(k));
-        return all;
+        return all + member * packed_bytes<T>(job.widths, n_layers) + packed_bytes<T>(job.widths, layer);
     }
     const char* packed(int layer, int member) const {
         return packed_in(static_cast<const char*>(job.packed), layer, member);
@@ -145,7 +142,7 @@ template <class T> void Networks<T>::run(int64_t first) {
 }
 
 template <class T> size_t packed_bytes(const NetworksJob& job) {
-    return Networks<T>(job, nullptr).packed_bytes * job.n_members;
+    return packed_bytes<T>(job.widths, job.n_layers) * job.n_members;
 }
 template <class T> void pack(const NetworksJob& job, int64_t member, void* packed) {
     Networks<T>(job, nullptr).pack(int(member), static_cast<char*>(packed));

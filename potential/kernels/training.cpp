@@ -15,13 +15,10 @@ namespace {
 template <class T> int64_t tape_numbers(const LayersJob& job, int64_t element) {
     const LayersShape& shape = job.shapes[element];
     int64_t all_hidden = 0;
-    size_t packed_bytes = 0;
-    for (int64_t k = 0; k < shape.n_layers; ++k) {
-        if (k) all_hidden += shape.widths[k];
-        packed_bytes += Tiles<T>::packed_bytes(int(shape.widths[k + 1]), int(shape.widths[k]));
-    }
+    for (int64_t k = 1; k < shape.n_layers; ++k) all_hidden += shape.widths[k];
     const int64_t n_blocks = (job.first[element + 1] - job.first[element] + BLOCK - 1) / BLOCK;
-    return n_blocks ? 2 * all_hidden * BLOCK * n_blocks + int64_t(packed_bytes / sizeof(T)) : 0;
+    const int64_t packed_numbers = packed_bytes<T>(shape.widths, shape.n_layers) / sizeof(T);
+    return n_blocks ? 2 * all_hidden * BLOCK * n_blocks + packed_numbers : 0;
 }
 
 template <class T> int64_t tape_numbers(const LayersJob& job) {
@@ -93,9 +90,8 @@ private:
     // Where a layer's packed weights are, null if nowhere; on the way forth, and back for outputs from `first` on.
     char* packed(int layer) const {
         if (Tiles::packed_bytes(width(layer + 1), width(layer)) == 0) return nullptr;
-        size_t before = 0;
-        for (int k = 0; k < layer; ++k) before += Tiles::packed_bytes(width(k + 1), width(k));
-        return reinterpret_cast<char*>(tape((n_atoms + BLOCK - 1) / BLOCK * BLOCK)) + before;
+        T* after_blocks = tape((n_atoms + BLOCK - 1) / BLOCK * BLOCK);
+        return reinterpret_cast<char*>(after_blocks) + packed_bytes<T>(shape.widths, layer);
     }
     Packed forth(int layer) const { return Tiles::forth(width(layer), packed(layer)); }
     Packed back_from(int layer, int first) const {

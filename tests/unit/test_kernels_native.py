@@ -265,12 +265,10 @@ def test_networks_agree_with_autograd(
             assert (gradient == 7.0).all(2).sum() == n_gradients * (150 - n_rows)
 
 
-def run_networks(
-    weights: list[torch.Tensor], aev: torch.Tensor, biases: list[torch.Tensor] | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Energies of all members, and the gradient of their mean."""
+def run_networks(weights: list[torch.Tensor], aev: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Energies of all members without biases, and the gradient of their mean."""
     energies, gradient = aev.new_zeros(len(weights[0]), len(aev)), aev.new_zeros(1, *aev.shape)
-    stack = reference.Stack(weights, biases or [w.new_zeros(w.shape[:2]) for w in weights])
+    stack = reference.Stack(weights, [weight.new_zeros(weight.shape[:2]) for weight in weights])
     native.networks(aev, torch.arange(len(aev)), stack, 0.1, energies, gradient)
     return energies, gradient
 
