@@ -65,7 +65,8 @@ class SkinList:
         self.cutoff_A = cutoff_A
         self.skin_A = skin_A
         self.n_builds = 0
-        self._built: tuple[Structures, torch.Tensor, Neighbours] | None = None
+        # For which structures, the inverse of their cells, what frames may move before the pairs hold no more, pairs.
+        self._built: tuple[Structures, torch.Tensor, torch.Tensor, Neighbours] | None = None
 
     def update(self, structures: Structures) -> Neighbours:
         """Pairs that hold for `structures`: those kept if they still do, else new ones for the whole batch."""
@@ -73,15 +74,16 @@ class SkinList:
             found = find_neighbours(structures, self.cutoff_A + self.skin_A)
             # Callers move atoms in place: the positions the list was built for must be a copy.
             built = replace(structures, positions=structures.positions.double().clone(), cell=structures.cell.clone())
-            self._built = built, torch.linalg.inv(complete_cells(built)), found
+            inverse = torch.linalg.inv(complete_cells(built))
+            self._built = built, inverse, inverse.new_full((built.n_frames,), self.skin_A), found
             self.n_builds += 1
-        return self._built[2]
+        return self._built[3]
 
     @property
     def neighbours(self) -> Neighbours:
         """Those of the last update."""
         assert self._built is not None
-        return self._built[2]
+        return self._built[3]
 
     def is_of(self, structures: Structures) -> bool:
         """Whether the last update was for this very batch."""
@@ -105,18 +107,21 @@ class SkinList:
 
     def _holds(self, structures: Structures) -> bool:
         assert self._built is not None
-        built, inverse, _ = self._built
+        built, _, slack, _ = self._built
         if not (_same(built.n_atoms, structures.n_atoms) and _same(built.pbc, structures.pbc)):
             return False
-        slack = inverse.new_full((structures.n_frames,), self.skin_A)
-        moved = kernels.have_moved(structures, built.positions, None, slack).any()
+        moved = kernels.have_moved(structures, built.positions, None, slack)
         # As a rule nothing has changed: learn it with one look at the device.
-        if not moved | (built.cell != structures.cell).any():
+        if isinstance(moved, bool):
+            changed = moved or not torch.equal(built.cell, structures.cell)
+        else:
+            changed = bool(moved | (built.cell != structures.cell).any())
+        if not changed:
             return True
         if torch.equal(built.cell, structures.cell):
             return False
         strain, slack = self._strain(structures)
-        return not kernels.have_moved(structures, built.positions, strain, slack).any()
+        return not kernels.have_moved(structures, built.positions, strain, slack)
 
 
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:

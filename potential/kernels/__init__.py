@@ -52,6 +52,7 @@ __all__ = [
     "pair_virials",
     "respond",
     "shortest_distances",
+    "spread",
     "tally",
 ]
 
@@ -89,15 +90,22 @@ def shortest_distances(
     return shortest
 
 
+def spread(members: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and population standard deviation over the members, the first axis."""
+    found: tuple[torch.Tensor, torch.Tensor] = _kernels(members).spread(members)
+    return found
+
+
 def have_moved(
     structures: Structures, built: torch.Tensor, strain: torch.Tensor | None, slack_A: torch.Tensor
-) -> torch.Tensor:
-    """(B,), bool: frames with an atom more than slack_A / 2 away from where the strained frame carried it.
+) -> torch.Tensor | bool:
+    """Whether an atom is more than slack_A / 2 of its frame away from where the strained frame carried it.
 
     built: (N, 3), A, earlier positions; strain: (B, 3, 3), what the cells have been multiplied by since then, or None;
-    slack_A: (B,); both float64. An atom that is nowhere has moved.
+    slack_A: (B,); both float64. An atom that is nowhere has moved. A tensor, (), where its device would have to be
+    waited for.
     """
-    moved: torch.Tensor = _kernels(structures.positions).have_moved(structures, built, strain, slack_A)
+    moved: torch.Tensor | bool = _kernels(structures.positions).have_moved(structures, built, strain, slack_A)
     return moved
 
 

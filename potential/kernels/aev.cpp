@@ -22,6 +22,7 @@ constexpr double PI = 3.14159265358979324, LOG2_E = 1.44269504088896341;
 constexpr int CHUNK = 128;                            // pairs of neighbours whose features stay in the L1 cache
 constexpr int BLOCK = 4;                              // shifts are handled by fours, padded
 constexpr int ROWS = BYTES == 64 ? 4 : 2;             // ROWS x BLOCK accumulators fit the register file
+constexpr int BINS = 16, FEW = 24;                    // of squared distances, by which more neighbours than so few are sorted
 constexpr double SHRINK = 0.95;                       // keeps the derivative of acos finite
 
 constexpr int round_up(int n, int unit) { return (n + unit - 1) / unit * unit; }
@@ -38,8 +39,8 @@ struct Arena {
     }
 };
 
-// The neighbours of one atom within a cutoff, sorted by species; each species begins at a multiple of the lane count
-// and is padded with neighbours beyond the cutoff, whose fc is exactly 0.
+// The neighbours of one atom within a cutoff, sorted by species and distance; each species begins at a multiple of the
+// lane count and is padded with neighbours beyond the cutoff, whose fc is exactly 0.
 template <class T> struct Neighbours {
     T *x, *y, *z, *r, *inverse, *fc, *dfc;            // unit vector, distance, 1/r, cutoff function, its derivative
     int *edge, *species, *begin, *end;                // edge within the row; per species present: index, slots
@@ -55,6 +56,25 @@ template <class T> struct Neighbours {
 struct Segment { int j, k, n, at; };                  // pairs (j, k..k+n) at `at` in the chunk
 // What of a chunk belongs to two species: all of it, or what is left from the chunk before, or for the next.
 struct Range { int first, second, begin, end; bool is_first, is_last; };
+
+// Shifts [begin, end).
+struct Span { int begin, end; };
+
+// Shifts that are evenly spaced, and how far from its own a Gaussian is more than 0 beside 1. Where they are not, all are
+// within reach.
+template <class T> struct Ladder {
+    T first = 0, per_step = 0, reach = 0;
+    int n = 0;
+
+    Ladder() {}
+    Ladder(double eta, const double* shifts, int n) : n(n) {
+        const double step = n > 1 ? (shifts[n - 1] - shifts[0]) / (n - 1) : 0;
+        bool even = step > 0;
+        for (int k = 0; k < n; ++k) even &= __builtin_fabs(shifts[0] + k * step - shifts[k]) < 0.01 * step;
+        const double far = __builtin_sqrt((sizeof(T) == sizeof(float) ? 27 : 56) / (eta * LOG2_E)) + 0.01 * step;
+        first = T(shifts[0]), per_step = T(even ? 1 / step : 1), reach = T(even ? far : 1e30);
+    }
+};
 
 // What an atom sees: vectors (n, 3) and species (n,).
 template <class T> struct Edges {
@@ -80,31 +100,41 @@ template <class T> class Worker {
     const AevShape& shape;
     const int n_species, n_radial, n_a, n_z, a_pad, z_pad, n_items;
     T radial_rate, angular_rate;                      // -eta log2(e)
+    Ladder<T> radial_ladder, angular_ladder;
+    T terms[2][AevPower::N_TERMS];                    // of the powers Zeta and Zeta - 1
     int whole_zeta;                                   // Zeta if it is a small whole number, else 0
     bool fitted;                                      // powers of Zeta are polynomials
     double reach;                                     // u = 1 + 2 (x - 1) / reach for x = (1 + cos(th - th_z)) / 2
+    T start, half, slope;                             // u without cosine and sine; dx/du; of dZ
     T *radial_shift, *angular_shift, *turn_cos, *turn_sin; // u = turn_cos cos(th) + turn_sin sin(th) + 1 - 1 / reach
-    int *near, *count;
+    int *near, *bin, *count;
     // one chunk of pairs: geometry, features with derivatives, results
     T *cosine, *mean_r, *weight, *R, *dR, *Z, *dZ, *U, *dU, *tangents, *results;
     Segment* segments;
     Range* ranges;
+    Span *radial_spans, *angular_spans;               // shifts within reach of each vector of slots, of pairs
     int n_segments = 0, n_ranges = 0, slots_max = 0;
     V* sums;                                          // (n_items, a_pad, z_pad) lanes of the outer products
     T *coefficients, *per_slot, *of_first, *scratch;
 
 public:
     const int length;
+    const int64_t lanes;                              // of items, as they are put out
     Neighbours<T> radial, angular;                    // of the atom at work: look() finds them, or a caller puts them here
 
     Worker(const AevShape& shape, int64_t n_items, int64_t longest_row, Arena& arena)
         : shape(shape), n_species(int(shape.n_species)), n_radial(int(shape.n_radial)),
           n_a(int(shape.n_angular_radial)), n_z(int(shape.n_angular)), a_pad(round_up(n_a, BLOCK)),
           z_pad(round_up(n_z, BLOCK)), n_items(int(n_items)),
-          length(n_species * n_radial + n_species * (n_species + 1) / 2 * n_a * n_z) {
+          length(n_species * n_radial + n_species * (n_species + 1) / 2 * n_a * n_z), lanes(lanes_of<T>(n_items)) {
         radial_rate = T(-shape.eta_radial * LOG2_E), angular_rate = T(-shape.eta_angular * LOG2_E);
+        for (int which : {0, 1})
+            for (int k = 0; k < AevPower::N_TERMS; ++k) terms[which][k] = T(shape.by_zeta[which].terms[k]);
+        radial_ladder = {shape.eta_radial, shape.radial_shifts, n_radial};
+        angular_ladder = {shape.eta_angular, shape.angular_shifts, n_a};
         whole_zeta = shape.zeta <= 64 && shape.zeta == int(shape.zeta) ? int(shape.zeta) : 0;
         fitted = sizeof(T) == sizeof(float) && shape.reach > 0, reach = fitted ? shape.reach : 1;
+        start = T(1 - 1 / reach), half = T(reach / 2), slope = T(SHRINK * shape.zeta * reach / 2);
         allocate(arena, int(longest_row));
         if (arena.base) fill_constants();
     }
@@ -117,7 +147,7 @@ public:
     }
 
     void forward(T* out);
-    void vjp(int n_edges, Items<const T> cotangent, Items<T> out);
+    void vjp(int n_edges, Items<const T> cotangent, T* out); // out: (n_edges, 3, lanes)
     void jvp(Items<const T> tangent, Items<T> out);
 
 private:
@@ -126,11 +156,11 @@ private:
 
     void allocate(Arena& arena, int edges) {
         int radial_pad = round_up(n_radial, BLOCK);
-        slots_max = most_slots(edges);
+        slots_max = round_up(most_slots(edges), W);
         radial_shift = arena.take<T>(radial_pad), angular_shift = arena.take<T>(a_pad);
         turn_cos = arena.take<T>(z_pad), turn_sin = arena.take<T>(z_pad);
         for (Neighbours<T>* list : {&radial, &angular}) allocate(*list, arena, edges);
-        near = arena.take<int>(edges + 1), count = arena.take<int>(n_species);
+        near = arena.take<int>(edges + 1), bin = arena.take<int>(edges + 1), count = arena.take<int>(n_species * BINS);
         for (T** a : {&cosine, &mean_r, &weight}) *a = arena.take<T>(CHUNK + W);
         // With slack: a range need not end where a vector does.
         for (T** a : {&R, &dR, &U}) *a = arena.take<T>(a_pad * CHUNK + 2 * W);
@@ -138,6 +168,7 @@ private:
         tangents = arena.take<T>(n_items * 3 * (CHUNK + W));
         results = arena.take<T>(n_items * 3 * RESULT);
         segments = arena.take<Segment>(CHUNK), ranges = arena.take<Range>(CHUNK);
+        radial_spans = arena.take<Span>(slots_max / W + 1), angular_spans = arena.take<Span>(CHUNK / W + 1);
         sums = arena.take<V>((n_items > 1 ? n_items : 1) * a_pad * z_pad); // AEVs have no items
         coefficients = arena.take<T>(size_t(n_items) * (radial_pad > a_pad * z_pad ? radial_pad : a_pad * z_pad));
         per_slot = arena.take<T>(size_t(n_items) * 4 * slots_max);
@@ -156,13 +187,35 @@ private:
         for (T* z : {Z, dZ, dU}) memset(z + n_z * CHUNK, 0, sizeof(T) * ((z_pad - n_z) * CHUNK + 2 * W));
     }
 
+    // Shifts (evenly spaced, else all of them) within reach of any lane of r.
+    static INLINE Span within(V r, const Ladder<T>& ladder) {
+        const T low = (S::least(r) - ladder.reach - ladder.first) * ladder.per_step;
+        const T high = (S::greatest(r) + ladder.reach - ladder.first) * ladder.per_step;
+        const int n = ladder.n;
+        return {low > 0 ? low < n ? int(low) : n : 0, high >= 0 ? high < n ? int(high) + 1 : n : 0};
+    }
+
+    // Angular shifts within reach of any of n pairs from t on.
+    INLINE Span span_of(int t, int n) const {
+        Span all = angular_spans[t / W];
+        for (int v = t / W + 1; v <= (t + n - 1) / W; ++v) {
+            const Span& other = angular_spans[v];
+            all = {other.begin < all.begin ? other.begin : all.begin, other.end > all.end ? other.end : all.end};
+        }
+        return all;
+    }
+
     // Offset of the angular block of species i <= j: rows of the upper triangle, one after the other.
     int angular_block(int i, int j) const {
         return n_species * n_radial + (i * n_species - i * (i - 1) / 2 + (j - i)) * n_a * n_z;
     }
 
-    // Quantity q of every neighbour for one cotangent or tangent.
+    // Quantity q of every neighbour for one tangent; and of one neighbour for one cotangent, where those of a vector of
+    // neighbours are side by side.
     T* slot_array(int item, int q) const { return per_slot + (4 * item + q) * slots_max; }
+    T* of_slot(int item, int q, int slot) const {
+        return per_slot + ((slot / W * n_items + item) * 4 + q) * W + slot % W;
+    }
     // Quantities of all items for the first neighbour of pairs: number 4 item + q of a row, a row for each slot.
     int first_step() const { return round_up(4 * n_items, W); }
 
@@ -177,45 +230,63 @@ private:
         fitted ? features<DERIVATIVE, true>(n) : features<DERIVATIVE, false>(n);
     }
     template <bool DERIVATIVE, bool FITTED> void features(int n);
+    template <bool DERIVATIVE, bool FITTED, int N> void bends(V c, V s, V cotangent, int first, int t);
+    template <bool DERIVATIVE, int N> void shells(V r, V p, int first, int t);
     template <bool SECOND>
     void outer(const Range& range, const T* left, const T* right, const T* left2, const T* right2, V* sum);
     void store_sums(const Range& range, V* sum, T* out);
+    void find_radial_spans();
     void radial_forward(T* out);
-    template <int M> void radial_vjp(Items<const T> cotangent, Items<T> out, int item);
+    template <int M> void radial_vjp(Items<const T> cotangent, int item);
+    void items_in_lanes(int quantity, int number, int i, V (&rows)[W]);
+    void store_radial(T* out);
     template <int M> void radial_jvp(Items<T> out, int item);
     void load_coefficients(const Range& range, Items<const T> cotangent);
-    void contract(const Range& range, int item);
-    template <int C> void contract_at(int t, int item);
+    void contract(const Range& range);
+    template <int C> void contract_at(int t);
+    template <int C> void contract_at(int t, int item, Span span);
     template <int M> void scatter(int item);
     void add_first();
-    void store_gradients(T* out, int item);
+    void add_angular(T* out);
     void load_tangents(const Neighbours<T>& list, const T* tangent, int item);
 };
 
 // ---- neighbours ----------------------------------------------------------------------------------------------------
 
-// Edges of the row shorter than the cutoff, by counting sort over species.
+// Edges of the row shorter than the cutoff, by counting sort over species and squared distances.
 template <class T> void Worker<T>::find(Neighbours<T>& list, const Edges<T>& edges, T cutoff) {
     const T* v = edges.vec;
     const int64_t* species = edges.species;
+    T* squared = scratch;
     int n_near = 0;
     for (int e = 0; e < edges.n; ++e) {
         near[n_near] = e;
-        n_near += v[3 * e] * v[3 * e] + v[3 * e + 1] * v[3 * e + 1] + v[3 * e + 2] * v[3 * e + 2] < cutoff * cutoff;
+        squared[n_near] = v[3 * e] * v[3 * e] + v[3 * e + 1] * v[3 * e + 1] + v[3 * e + 2] * v[3 * e + 2];
+        n_near += squared[n_near] < cutoff * cutoff;
     }
-    for (int s = 0; s < n_species; ++s) count[s] = 0;
-    for (int i = 0; i < n_near; ++i) ++count[species[near[i]]];
+    const int n_bins = n_near > FEW ? BINS : 1;
+    const T rate = T(n_bins) / (cutoff * cutoff);
+    for (int b = 0; b < n_species * n_bins; ++b) count[b] = 0;
+    for (int i = 0; i < n_near; ++i) {
+        bin[i] = int(species[near[i]]) * n_bins + int(lesser(int64_t(squared[i] * rate), n_bins - 1));
+        ++count[bin[i]];
+    }
     list.n_present = list.n_slots = 0;
     for (int s = 0; s < n_species; ++s) {
-        if (!count[s]) continue;
-        const int begin = list.n_slots, end = begin + count[s], g = list.n_present++;
+        const int begin = list.n_slots;
+        int end = begin;
+        for (int* in_bin = count + s * n_bins; in_bin < count + (s + 1) * n_bins; ++in_bin) {
+            const int n = *in_bin;
+            *in_bin = end, end += n;
+        }
+        if (end == begin) continue;
+        const int g = list.n_present++;
         list.species[g] = s, list.begin[g] = begin, list.end[g] = end;
         list.n_slots = round_up(end, W);
         for (int i = end; i < list.n_slots; ++i) list.x[i] = 2 * cutoff, list.y[i] = list.z[i] = 0;
-        count[s] = begin;
     }
     for (int i = 0; i < n_near; ++i) {
-        const int e = near[i], slot = count[species[e]]++;
+        const int e = near[i], slot = count[bin[i]]++;
         list.x[slot] = v[3 * e], list.y[slot] = v[3 * e + 1], list.z[slot] = v[3 * e + 2], list.edge[slot] = e;
     }
     measure(list, cutoff);
@@ -235,11 +306,19 @@ template <class T> void Worker<T>::measure(Neighbours<T>& list, T cutoff) {
 
 // ---- radial part ---------------------------------------------------------------------------------------------------
 
+template <class T> void Worker<T>::find_radial_spans() {
+    for (int i = 0; i < radial.n_slots; i += W) {
+        radial_spans[i / W] = within(S::load(radial.r + i), radial_ladder);
+    }
+}
+
 template <class T> void Worker<T>::radial_forward(T* out) {
+    find_radial_spans();
     for (int g = 0; g < radial.n_present; ++g) {
         for (int k = 0; k < n_radial; k += BLOCK) {
             V total[BLOCK] = {};
             for (int i = radial.begin[g]; i < radial.end[g]; i += W) {
+                if (radial_spans[i / W].end <= k || radial_spans[i / W].begin >= k + BLOCK) continue;
                 V r = S::load(radial.r + i), fc = S::load(radial.fc + i);
                 for (int q = 0; q < BLOCK; ++q) {
                     V d = r - radial_shift[k + q];
@@ -255,8 +334,8 @@ template <class T> void Worker<T>::radial_forward(T* out) {
     }
 }
 
-// M cotangents from `item` on: dE/dr of each neighbour, then its direction, written to the output.
-template <class T> template <int M> void Worker<T>::radial_vjp(Items<const T> cotangent, Items<T> out, int item) {
+// dE/dr of each neighbour for M cotangents from `item` on: quantity 0.
+template <class T> template <int M> void Worker<T>::radial_vjp(Items<const T> cotangent, int item) {
     for (int g = 0; g < radial.n_present; ++g) {
         for (int k = 0; k < n_radial; ++k) {
             for (int m = 0; m < M; ++m) {
@@ -264,8 +343,10 @@ template <class T> template <int M> void Worker<T>::radial_vjp(Items<const T> co
             }
         }
         for (int i = radial.begin[g]; i < radial.end[g]; i += W) {
-            V r = S::load(radial.r + i), value[M] = {}, slope[M] = {};
-            for (int k = 0; k < n_radial; ++k) {
+            const V r = S::load(radial.r + i);
+            const Span span = radial_spans[i / W];
+            V value[M] = {}, slope[M] = {};
+            for (int k = span.begin; k < span.end; ++k) {
                 V d = r - radial_shift[k], e = S::exp2(d * d * radial_rate), de = d * e;
                 for (int m = 0; m < M; ++m) {
                     value[m] += coefficients[k * M + m] * e;
@@ -273,15 +354,36 @@ template <class T> template <int M> void Worker<T>::radial_vjp(Items<const T> co
                 }
             }
             V fc = S::load(radial.fc + i) * T(-2 * shape.eta_radial), dfc = S::load(radial.dfc + i);
-            for (int m = 0; m < M; ++m) S::store(slot_array(m, 0) + i, value[m] * dfc + slope[m] * fc);
+            for (int m = 0; m < M; ++m) S::store(of_slot(item + m, 0, i), value[m] * dfc + slope[m] * fc);
         }
     }
-    for (int m = 0; m < M; ++m) {
-        const T* dr = slot_array(m, 0);
-        for (int g = 0; g < radial.n_present; ++g) {
-            for (int i = radial.begin[g]; i < radial.end[g]; ++i) {
-                T* gradient = out[item + m] + 3 * radial.edge[i];
-                gradient[0] = dr[i] * radial.x[i], gradient[1] = dr[i] * radial.y[i], gradient[2] = dr[i] * radial.z[i];
+}
+
+// A quantity of W items from `number` on, zero beyond the last: a vector of items for each slot from i on.
+template <class T> INLINE void Worker<T>::items_in_lanes(int quantity, int number, int i, V (&rows)[W]) {
+    for (int q = 0; q < W; ++q) rows[q] = number + q < n_items ? S::load(of_slot(number + q, quantity, i)) : V{};
+    S::transpose(rows);
+}
+
+// Along the directions of neighbours: out (n_edges, 3, lanes).
+template <class T> void Worker<T>::store_radial(T* out) {
+    const Neighbours<T>& a = radial;
+    for (int g = 0; g < a.n_present; ++g) {
+        for (int first = a.begin[g]; first < a.end[g]; first += W) {
+            const int end = int(lesser(first + W, a.end[g]));
+            for (int number = 0; number < n_items; number += W) {
+                V rows[W];
+                if (lanes > 1) items_in_lanes(0, number, first, rows);
+                for (int i = first; i < end; ++i) {
+                    T* to = out + 3 * a.edge[i] * lanes + number;
+                    if (lanes > 1) {
+                        S::store(to, rows[i - first] * a.x[i]), S::store(to + lanes, rows[i - first] * a.y[i]);
+                        S::store(to + 2 * lanes, rows[i - first] * a.z[i]);
+                    } else {
+                        const T change = *of_slot(0, 0, i);
+                        to[0] = change * a.x[i], to[1] = change * a.y[i], to[2] = change * a.z[i];
+                    }
+                }
             }
         }
     }
@@ -292,6 +394,7 @@ template <class T> template <int M> void Worker<T>::radial_jvp(Items<T> out, int
         for (int k = 0; k < n_radial; ++k) {
             V total[round_up(M, 4)] = {};
             for (int i = radial.begin[g]; i < radial.end[g]; i += W) {
+                if (k < radial_spans[i / W].begin || k >= radial_spans[i / W].end) continue;
                 V d = S::load(radial.r + i) - radial_shift[k];
                 V slope = S::load(radial.dfc + i) + S::load(radial.fc + i) * d * T(-2 * shape.eta_radial);
                 slope *= S::exp2(d * d * radial_rate);
@@ -365,35 +468,58 @@ template <class V> INLINE V whole_power(V x, int n) {
 
 // Z and R of each pair of the chunk. With DERIVATIVE also dZ = dZ/dcos, dR = dR/d(mean r), and R without the weight P.
 template <class T> template <bool DERIVATIVE, bool FITTED> void Worker<T>::features(int n) {
-    // Local, as the stores below could change members.
-    const AevPower& power = shape.by_zeta[DERIVATIVE];
-    const int n_squarings = int(power.n_squarings), whole = whole_zeta - DERIVATIVE;
-    const T *by_cos = turn_cos, *by_sin = turn_sin, *shift = angular_shift, rate = angular_rate;
-    const T exponent = T(shape.zeta - DERIVATIVE), start = T(1 - 1 / reach), half = T(reach / 2);
-    const T slope = T(SHRINK * shape.zeta * reach / 2), stretch = T(-2 * shape.eta_angular);
-    T *z_out = Z, *dz_out = dZ, *r_out = R, *dr_out = dR;
-    T terms[AevPower::N_TERMS];
-    for (int k = 0; k < AevPower::N_TERMS; ++k) terms[k] = T(power.terms[k]);
     for (int t = 0; t < n; t += W) {
-        V c = S::load(cosine + t), s = S::sqrt(T(1) - c * c), cotangent = DERIVATIVE ? c / s : c;
-        for (int z = 0; z < n_z; ++z) {
-            V u = S::max(c * by_cos[z] + (s * by_sin[z] + start), T(-1)), x = u * half + (T(1) - half), y;
-            if constexpr (FITTED) {
-                y = S::polynomial(u, terms);
-                for (int i = 0; i < n_squarings; ++i) y *= y;
-            } else {
-                x = S::max(x, S::C::TINY);
-                y = whole_zeta ? whole_power(x, whole) * T(2) : S::exp2(S::log2(x) * exponent + T(1));
-            }
-            S::store(z_out + z * CHUNK + t, DERIVATIVE ? x * y : y);
-            if (DERIVATIVE) S::store(dz_out + z * CHUNK + t, (by_cos[z] - cotangent * by_sin[z]) * (y * slope));
+        const V c = S::load(cosine + t), s = S::sqrt(T(1) - c * c), cotangent = DERIVATIVE ? c / s : c;
+        int z = 0, a = 0;
+        for (; z + BLOCK <= n_z; z += BLOCK) bends<DERIVATIVE, FITTED, BLOCK>(c, s, cotangent, z, t);
+        for (; z < n_z; ++z) bends<DERIVATIVE, FITTED, 1>(c, s, cotangent, z, t);
+        const V r = S::load(mean_r + t), p = DERIVATIVE ? r : S::load(weight + t);
+        if (DERIVATIVE && n_items > 1) angular_spans[t / W] = within(r, angular_ladder);
+        for (; a + BLOCK <= n_a; a += BLOCK) shells<DERIVATIVE, BLOCK>(r, p, a, t);
+        for (; a < n_a; ++a) shells<DERIVATIVE, 1>(r, p, a, t);
+    }
+    if (DERIVATIVE && n_items > 1) angular_spans[n / W] = {n_a, 0};
+}
+
+// Z of N shifts for a vector of pairs, side by side: each alone would wait for its own products.
+template <class T> template <bool DERIVATIVE, bool FITTED, int N>
+INLINE void Worker<T>::bends(V c, V s, V cotangent, int first, int t) {
+    const AevPower& power = shape.by_zeta[DERIVATIVE];
+    const T *by_cos = turn_cos + first, *by_sin = turn_sin + first;
+    V u[N], x[N], y[N];
+    for (int z = 0; z < N; ++z) {
+        u[z] = S::max(c * by_cos[z] + (s * by_sin[z] + start), T(-1)), x[z] = u[z] * half + (T(1) - half);
+    }
+    if constexpr (FITTED) {
+        for (int z = 0; z < N; ++z) y[z] = S::all(terms[DERIVATIVE][AevPower::N_TERMS - 1]);
+        for (int k = AevPower::N_TERMS - 2; k >= 0; --k)
+            for (int z = 0; z < N; ++z) y[z] = y[z] * u[z] + terms[DERIVATIVE][k];
+        for (int64_t i = 0; i < power.n_squarings; ++i)
+            for (int z = 0; z < N; ++z) y[z] *= y[z];
+    } else {
+        const T exponent = T(shape.zeta - DERIVATIVE);
+        for (int z = 0; z < N; ++z) {
+            x[z] = S::max(x[z], S::C::TINY);
+            y[z] = whole_zeta ? whole_power(x[z], whole_zeta - DERIVATIVE) * T(2)
+                              : S::exp2(S::log2(x[z]) * exponent + T(1));
         }
-        V r = S::load(mean_r + t), p = S::load(weight + t);
-        for (int a = 0; a < n_a; ++a) {
-            V d = r - shift[a], e = S::exp2(d * d * rate);
-            S::store(r_out + a * CHUNK + t, DERIVATIVE ? e : e * p);
-            if (DERIVATIVE) S::store(dr_out + a * CHUNK + t, e * d * stretch);
-        }
+    }
+    for (int z = 0; z < N; ++z) {
+        const int at = (first + z) * CHUNK + t;
+        S::store(Z + at, DERIVATIVE ? x[z] * y[z] : y[z]);
+        if (DERIVATIVE) S::store(dZ + at, (by_cos[z] - cotangent * by_sin[z]) * (y[z] * slope));
+    }
+}
+
+// R of N shifts for a vector of pairs.
+template <class T> template <bool DERIVATIVE, int N> INLINE void Worker<T>::shells(V r, V p, int first, int t) {
+    const T stretch = T(-2 * shape.eta_angular);
+    V d[N], e[N];
+    for (int a = 0; a < N; ++a) d[a] = r - angular_shift[first + a], e[a] = S::exp2(d[a] * d[a] * angular_rate);
+    for (int a = 0; a < N; ++a) {
+        const int at = (first + a) * CHUNK + t;
+        S::store(R + at, DERIVATIVE ? e[a] : e[a] * p);
+        if (DERIVATIVE) S::store(dR + at, e[a] * d[a] * stretch);
     }
 }
 
@@ -442,27 +568,34 @@ template <class T> void Worker<T>::store_sums(const Range& range, V* sum, T* out
 
 // With g_z = sum_a R_a G[a][z] and h_z = sum_a dR_a G[a][z], the three numbers of a pair:
 // results = (sum_z g_z Z_z, sum_z h_z Z_z, sum_z g_z dZ_z), still without the weight P.
-template <class T> void Worker<T>::contract(const Range& range, int item) {
+template <class T> void Worker<T>::contract(const Range& range) {
     int t = range.begin;
-    for (; t + W < range.end; t += 2 * W) contract_at<2>(t, item); // two vectors share loads
-    for (; t < range.end; t += W) contract_at<1>(t, item);
+    for (; t + W < range.end; t += 2 * W) contract_at<2>(t); // two vectors share loads
+    for (; t < range.end; t += W) contract_at<1>(t);
+}
+
+template <class T> template <int C> INLINE void Worker<T>::contract_at(int t) {
+    const Span span = n_items > 1 ? span_of(t, C * W) : Span{0, n_a};
+    for (int m = 0; m < n_items; ++m) contract_at<C>(t, m, span);
 }
 
 template <class T> void Worker<T>::load_coefficients(const Range& range, Items<const T> cotangent) {
     const int block = angular_block(angular.species[range.first], angular.species[range.second]);
     for (int m = 0; m < n_items; ++m) {
         const T* row = cotangent[m] + block;
-        for (int a = 0; a < n_a; ++a)
-            for (int z = 0; z < z_pad; ++z) coefficients[(m * a_pad + a) * z_pad + z] = z < n_z ? row[a * n_z + z] : 0;
+        for (int a = 0; a < n_a; ++a) {
+            T* to = coefficients + (m * a_pad + a) * z_pad;
+            memcpy(to, row + a * n_z, sizeof(T) * n_z), memset(to + n_z, 0, sizeof(T) * (z_pad - n_z));
+        }
     }
 }
 
-template <class T> template <int C> INLINE void Worker<T>::contract_at(int t, int item) {
+template <class T> template <int C> INLINE void Worker<T>::contract_at(int t, int item, Span span) {
     const T *g = coefficients + item * a_pad * z_pad, *r = R + t, *dr = dR + t, *zeta = Z + t, *dzeta = dZ + t;
     V value[C] = {}, by_r[C] = {}, by_cosine[C] = {};
     for (int z = 0; z < z_pad; z += BLOCK) {
         V left[BLOCK][C] = {}, dleft[BLOCK][C] = {};
-        for (int a = 0; a < n_a; ++a) {
+        for (int a = span.begin; a < span.end; ++a) {
             V f[C], df[C];
             for (int v = 0; v < C; ++v) f[v] = S::load(r + a * CHUNK + v * W), df[v] = S::load(dr + a * CHUNK + v * W);
             for (int q = 0; q < BLOCK; ++q) {
@@ -484,13 +617,10 @@ template <class T> template <int C> INLINE void Worker<T>::contract_at(int t, in
     }
 }
 
-// Add the pairs' results of M items to their two neighbours: (dE/dr, dE/du (3)) of k in slot_array, those of j in `of_first`.
+// Add the pairs' results of M items to their two neighbours: (dE/dr, dE/du (3)) of k in of_slot, those of j in `of_first`.
 // Two places, because a vector load that overlaps a scalar just stored has to wait for it.
 template <class T> template <int M> void Worker<T>::scatter(int item) {
     const Neighbours<T> a = angular;                  // a copy, as above
-    T* second[M][4];
-    for (int m = 0; m < M; ++m)
-        for (int q = 0; q < 4; ++q) second[m][q] = slot_array(item + m, q);
     for (int s = 0; s < n_segments; ++s) {
         const Segment& g = segments[s];
         const int end = g.k + g.n;
@@ -498,15 +628,16 @@ template <class T> template <int M> void Worker<T>::scatter(int item) {
         V by_r[M] = {}, by_fc[M] = {}, total[4 * M] = {};
         for (int k = g.k / W * W; k < end; k += W) {
             const typename S::Mask mask = S::lanes(g.k - k, end - k);
-            const V fck = S::load(a.fc + k), dfck = S::load(a.dfc + k);
-            for (int m = 0; m < M; ++m) {
-                const T* pair = results + (item + m) * 3 * RESULT + W + g.at + (k - g.k);
-                V value = S::load_masked(pair, mask), slope = S::load_masked(pair + RESULT, mask) * (T(0.5) * fck);
+            const V fck = S::load(a.fc + k), dfck = S::load(a.dfc + k), half = fck * T(0.5);
+            const T* pair = results + item * 3 * RESULT + W + g.at + (k - g.k);
+            T* second = of_slot(item, 0, k);
+            for (int m = 0; m < M; ++m, pair += 3 * RESULT, second += 4 * W) {
+                V value = S::load_masked(pair, mask), slope = S::load_masked(pair + RESULT, mask) * half;
                 V turn = S::load_masked(pair + 2 * RESULT, mask) * fck;
-                S::store(second[m][0] + k, S::load(second[m][0] + k) + (slope + value * dfck) * fc);
-                S::store(second[m][1] + k, S::load(second[m][1] + k) + turn * x);
-                S::store(second[m][2] + k, S::load(second[m][2] + k) + turn * y);
-                S::store(second[m][3] + k, S::load(second[m][3] + k) + turn * z);
+                S::store(second, S::load(second) + (slope + value * dfck) * fc);
+                S::store(second + W, S::load(second + W) + turn * x);
+                S::store(second + 2 * W, S::load(second + 2 * W) + turn * y);
+                S::store(second + 3 * W, S::load(second + 3 * W) + turn * z);
                 by_r[m] += slope, by_fc[m] += value * fck;
                 total[4 * m + 1] += turn * S::load(a.x + k), total[4 * m + 2] += turn * S::load(a.y + k);
                 total[4 * m + 3] += turn * S::load(a.z + k);
@@ -537,30 +668,41 @@ template <class T> void Worker<T>::add_first() {
             for (int i = 0; i < W; ++i) rows[i] = S::load(of_first + (slot + i) * first_step() + number);
             S::transpose(rows);
             for (int i = 0; i < W && number + i < 4 * n_items; ++i) {
-                T* to = slot_array(0, number + i) + slot;
+                T* to = of_slot(0, 0, slot) + (number + i) * W;
                 S::store(to, S::load(to) + rows[i]);
             }
         }
     }
 }
 
-// dE/dvec = dE/dr u + (t - (u.t) u) / r with t = dE/du, added to the output.
-template <class T> void Worker<T>::store_gradients(T* out, int item) {
+// dE/dvec = dE/dr u + (t - (u.t) u) / r with t = dE/du, added to out (n_edges, 3, lanes).
+template <class T> void Worker<T>::add_angular(T* out) {
     const Neighbours<T>& a = angular;
-    auto slots = [&](int q, int i) { return S::load(slot_array(item, q) + i); };
-    T *gx = scratch, *gy = gx + slots_max, *gz = gy + slots_max;
-    for (int i = 0; i < a.n_slots; i += W) {
-        V x = S::load(a.x + i), y = S::load(a.y + i), z = S::load(a.z + i), inverse = S::load(a.inverse + i);
-        V tx = slots(1, i), ty = slots(2, i), tz = slots(3, i);
-        V along = slots(0, i) - (x * tx + y * ty + z * tz) * inverse;
-        S::store(gx + i, along * x + tx * inverse);
-        S::store(gy + i, along * y + ty * inverse);
-        S::store(gz + i, along * z + tz * inverse);
+    for (int m = 0; m < n_items; ++m) {
+        for (int i = 0; i < a.n_slots; i += W) {
+            T *by_r = of_slot(m, 0, i), *by_x = by_r + W, *by_y = by_x + W, *by_z = by_y + W;
+            V x = S::load(a.x + i), y = S::load(a.y + i), z = S::load(a.z + i), inverse = S::load(a.inverse + i);
+            V tx = S::load(by_x), ty = S::load(by_y), tz = S::load(by_z);
+            V along = S::load(by_r) - (x * tx + y * ty + z * tz) * inverse;
+            S::store(by_x, along * x + tx * inverse);
+            S::store(by_y, along * y + ty * inverse);
+            S::store(by_z, along * z + tz * inverse);
+        }
     }
     for (int g = 0; g < a.n_present; ++g) {
-        for (int i = a.begin[g]; i < a.end[g]; ++i) {
-            T* gradient = out + 3 * a.edge[i];
-            gradient[0] += gx[i], gradient[1] += gy[i], gradient[2] += gz[i];
+        for (int first = a.begin[g]; first < a.end[g]; first += W) {
+            const int end = int(lesser(first + W, a.end[g]));
+            for (int k = 0; k < 3; ++k) {
+                for (int number = 0; number < n_items; number += W) {
+                    V rows[W];
+                    if (lanes > 1) items_in_lanes(k + 1, number, first, rows);
+                    for (int i = first; i < end; ++i) {
+                        T* to = out + (3 * a.edge[i] + k) * lanes + number;
+                        if (lanes > 1) S::store(to, S::load(to) + rows[i - first]);
+                        else *to += *of_slot(0, k + 1, i);
+                    }
+                }
+            }
         }
     }
 }
@@ -637,32 +779,35 @@ template <class T> void Worker<T>::forward(T* out) {
         });
 }
 
-template <class T> void Worker<T>::vjp(int n_edges, Items<const T> cotangent, Items<T> out) {
-    for (int m = 0; m < n_items; ++m) memset(out[m], 0, sizeof(T) * 3 * n_edges);
+template <class T> void Worker<T>::vjp(int n_edges, Items<const T> cotangent, T* out) {
+    memset(out, 0, sizeof(T) * 3 * lanes * n_edges);
+    find_radial_spans();
     int item = 0;
-    for (; item + 8 <= n_items; item += 8) radial_vjp<8>(cotangent, out, item);
-    for (; item + 4 <= n_items; item += 4) radial_vjp<4>(cotangent, out, item);
-    for (; item < n_items; ++item) radial_vjp<1>(cotangent, out, item);
-    for (int i = 0; i < 4 * n_items; ++i) memset(slot_array(0, i), 0, sizeof(T) * angular.n_slots);
+    for (; item + 8 <= n_items; item += 8) radial_vjp<8>(cotangent, item);
+    for (; item + 4 <= n_items; item += 4) radial_vjp<4>(cotangent, item);
+    for (; item < n_items; ++item) radial_vjp<1>(cotangent, item);
+    store_radial(out);
+    memset(per_slot, 0, sizeof(T) * 4 * n_items * angular.n_slots);
     memset(of_first, 0, sizeof(T) * first_step() * angular.n_slots);
     for_each_chunk([&](int j, int k, int n, int at) { pair_geometry(j, k, n, at); },
         [&](int n) {
             features<true>(n);
             for (const Range* range = ranges; range < ranges + n_ranges; ++range) {
                 if (range->is_first) load_coefficients(*range, cotangent);
-                for (int m = 0; m < n_items; ++m) contract(*range, m);
+                contract(*range);
             }
             int m = 0;
             for (; m + TOGETHER <= n_items; m += TOGETHER) scatter<TOGETHER>(m);
             for (; m < n_items; ++m) scatter<1>(m);
         });
     add_first();
-    for (int m = 0; m < n_items; ++m) store_gradients(out[m], m);
+    add_angular(out);
 }
 
 template <class T> void Worker<T>::jvp(Items<const T> tangent, Items<T> out) {
     for (int m = 0; m < n_items; ++m) memset(out[m], 0, sizeof(T) * length);
     for (int m = 0; m < n_items; ++m) load_tangents(radial, tangent[m], m);
+    find_radial_spans();
     int item = 0;
     for (; item + 8 <= n_items; item += 8) radial_jvp<8>(out, item);
     for (; item + 4 <= n_items; item += 4) radial_jvp<4>(out, item);
@@ -688,6 +833,7 @@ template <class T> void Worker<T>::jvp(Items<const T> tangent, Items<T> out) {
 template <class T> size_t workspace_bytes(const AevJob& job) {
     Arena arena{nullptr};
     Worker<T> worker(*job.shape, job.n_items, job.longest_row, arena);
+    arena.take<T>(3 * worker.lanes * job.longest_row);
     return arena.used;
 }
 
@@ -697,14 +843,18 @@ template <class T, Product PRODUCT> void run(const AevJob& job, int64_t begin, i
     Arena arena{static_cast<char*>(workspace)};
     Worker<T> worker(*job.shape, job.n_items, job.longest_row, arena);
     const T *vec = static_cast<const T*>(job.vec), *in = static_cast<const T*>(job.in);
-    T* out = static_cast<T*>(job.out);
+    T *out = static_cast<T*>(job.out), *gradient = arena.take<T>(3 * worker.lanes * job.longest_row);
     const int64_t per_atom = job.n_atoms * worker.length, per_edge = 3 * job.n_edges;
     for (int64_t atom = begin; atom < end; ++atom) {
         const int64_t first = job.row[atom], at = atom * worker.length;
         const Edges<T> edges{vec + 3 * first, job.species + first, int(job.row[atom + 1] - first)};
         worker.look(edges);
         if (PRODUCT == FORWARD) worker.forward(out + at);
-        if (PRODUCT == VJP) worker.vjp(edges.n, {in + at, per_atom}, {out + 3 * first, per_edge});
+        if (PRODUCT == VJP) {
+            worker.vjp(edges.n, {in + at, per_atom}, gradient);
+            for (int64_t m = 0; m < job.n_items; ++m)
+                for (int i = 0; i < 3 * edges.n; ++i) out[m * per_edge + 3 * first + i] = gradient[i * worker.lanes + m];
+        }
         if (PRODUCT == JVP) worker.jvp({in + 3 * first, per_edge}, {out + at, per_atom});
     }
 }
@@ -730,7 +880,7 @@ template <class T> struct Collector {
     Collector(const AevBlock& block, void* workspace)
         : block(block), list(*block.list), arena{static_cast<char*>(workspace)},
           worker(*block.shape, block.n_items, block.longest_row, arena) {
-        gradient = arena.take<T>(3 * block.n_items * block.longest_row);
+        gradient = arena.take<T>(3 * worker.lanes * block.longest_row);
         species = arena.take<int64_t>(block.longest_row + 1);
         views = arena.take<View<T>>(block.n_rows);
         for (int64_t r = 0; r < block.n_rows; ++r) {  // sets pointers only: the rest is as an earlier call left it
@@ -780,29 +930,44 @@ template <class T> struct Collector {
             const View<T>& view = views[r];
             worker.radial = view.radial, worker.angular = view.angular;
             const T* cotangent = static_cast<const T*>(block.cotangent) + r * worker.length;
-            worker.vjp(view.n_edges, {cotangent, block.n_rows * worker.length}, {gradient, 3 * block.longest_row});
-            for (int m = 0; m < block.n_items; ++m) add_forces(m, view, block.atoms[r], *block.unit[r]);
+            worker.vjp(view.n_edges, {cotangent, block.n_rows * worker.length}, gradient);
+            if (worker.lanes == 1) add<T>(0, view, block.atoms[r], *block.unit[r]);
+            for (int64_t m = 0; worker.lanes > 1 && m < block.n_items; m += Simd<T>::W) {
+                add<typename Simd<T>::V>(m, view, block.atoms[r], *block.unit[r]);
+            }
         }
     }
 
-    void add_forces(int item, const View<T>& view, int64_t atom, const AevUnit& unit) {
-        const T* g = gradient + 3 * item * block.longest_row;
-        T* forces = static_cast<T*>(unit.forces) + item * unit.step - 3 * unit.first_atom;
-        T total[3] = {};
+    static INLINE T get(const T* p, T) { return *p; }
+    static INLINE typename Simd<T>::V get(const T* p, typename Simd<T>::V) { return Simd<T>::load(p); }
+    static INLINE void put(T* p, T value) { *p = value; }
+    static INLINE void put(T* p, typename Simd<T>::V value) { Simd<T>::store(p, value); }
+
+    // Forces and virial of the item `first`, or of a vector of items.
+    template <class N> void add(int64_t first, const View<T>& view, int64_t atom, const AevUnit& unit) {
+        const int64_t lanes = sizeof(N) == sizeof(T) ? 1 : worker.lanes;
+        const T* g = gradient + first;
+        T* forces = static_cast<T*>(unit.forces) - 3 * lanes * unit.first_atom + first;
+        N total[3] = {};
         for (int i = 0; i < view.n_edges; ++i) {
-            T* to = forces + 3 * view.other[i];
-            for (int k = 0; k < 3; ++k) total[k] += g[3 * i + k], to[k] -= g[3 * i + k];
+            T* to = forces + 3 * lanes * view.other[i];
+            for (int k = 0; k < 3; ++k) {
+                const N each = get(g + (3 * i + k) * lanes, N{});
+                total[k] += each, put(to + k * lanes, get(to + k * lanes, N{}) - each);
+            }
         }
-        for (int k = 0; k < 3; ++k) forces[3 * atom + k] += total[k];
-        if (unit.virial) add_virial(g, view, unit.virial + 9 * item);
-    }
-
-    void add_virial(const T* g, const View<T>& view, double* virial) {
-        T total[9] = {};
+        T* own = forces + 3 * lanes * atom;
+        for (int k = 0; k < 3; ++k) put(own + k * lanes, get(own + k * lanes, N{}) + total[k]);
+        if (!unit.virial) return;
+        N virial[9] = {};
         for (int i = 0; i < view.n_edges; ++i)
             for (int k = 0; k < 3; ++k)
-                for (int l = 0; l < 3; ++l) total[3 * k + l] += view.vec[3 * i + k] * g[3 * i + l];
-        for (int k = 0; k < 9; ++k) virial[k] += double(total[k]);
+                for (int l = 0; l < 3; ++l) virial[3 * k + l] += get(g + (3 * i + l) * lanes, N{}) * view.vec[3 * i + k];
+        for (int64_t m = first; m < lesser(block.n_items, first + int64_t(sizeof(N) / sizeof(T))); ++m) {
+            for (int k = 0; k < 9; ++k) {
+                unit.virial[9 * m + k] += double(reinterpret_cast<const T*>(virial + k)[m - first]);
+            }
+        }
     }
 };
 

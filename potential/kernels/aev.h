@@ -43,11 +43,17 @@ struct PairList {
     const double *positions, *cells; // (n_atoms, 3) and (n_frames, 3, 3)
 };
 
+// What is summed for several items at a time has them last, filled up to whole vectors of any instruction set.
+template <class T> static constexpr int64_t lanes_of(int64_t n_items) {
+    constexpr int64_t LANES = 64 / sizeof(T);
+    return n_items <= 1 ? n_items : (n_items + LANES - 1) / LANES * LANES;
+}
+
 // Atoms of one frame, and where what they do to that frame is added up.
 struct AevUnit {
     int64_t frame, low, high;      // atoms [low, high)
-    int64_t first_atom, step;      // of the frame; numbers from one item's forces to the next
-    void* forces;                  // (n_items, n_atoms of the frame, 3)
+    int64_t first_atom;            // of the frame
+    void* forces;                  // (n_atoms of the frame, 3, lanes of items)
     double* virial;                // (n_items, 3, 3), or null
 };
 

@@ -12,6 +12,7 @@
 #include <cstring>
 #include <limits>
 #include <memory>
+#include <type_traits>
 
 #include "levels.h"
 #include "run.h"
@@ -91,11 +92,12 @@ private:
     void add_units(int64_t frame) {
         const int64_t low = job.first[frame], n = job.first[frame + 1] - low;
         const int64_t n_units = std::clamp<int64_t>(n / ATOMS_PER_UNIT, 1, MOST_UNITS);
-        const bool alone = n_units == 1;
+        const int64_t lanes = lanes_of<T>(job.n_items);
+        const bool alone = n_units == 1 && lanes == 1;
         std::vector<double> energy(n_members), virial(job.stress ? 9 * job.n_items : 0);
         for (int64_t k = 0; k < n_units; ++k) {
-            const size_t bytes = alone ? 0 : sizeof(T) * 3 * n * job.n_items;
-            units.push_back({{frame, low + n * k / n_units, low + n * (k + 1) / n_units, low, 3 * (alone ? job.n_atoms : n),
+            const size_t bytes = alone ? 0 : sizeof(T) * 3 * n * lanes;
+            units.push_back({{frame, low + n * k / n_units, low + n * (k + 1) / n_units, low,
                               static_cast<T*>(job.forces) + 3 * low, nullptr},
                              energy, virial, std::unique_ptr<char[]>(alone ? nullptr : new char[bytes]())});
             if (!alone) units.back().unit.forces = units.back().forces.get();
@@ -199,9 +201,10 @@ private:
             for (size_t k = 0; k < mine.virial.size(); ++k) virial[k] += mine.virial[k];
             if (!mine.forces) continue;
             const T* from = reinterpret_cast<const T*>(mine.forces.get());
+            const int64_t lanes = lanes_of<T>(job.n_items);
             for (int64_t m = 0; m < job.n_items; ++m) {
                 T* to = static_cast<T*>(job.forces) + 3 * (m * job.n_atoms + low);
-                for (int64_t x = 0; x < n_numbers; ++x) to[x] += from[m * n_numbers + x];
+                for (int64_t x = 0; x < n_numbers; ++x) to[x] += from[x * lanes + m];
             }
         }
         for (int64_t m = 0; m < n_members; ++m) job.energy[m * job.n_frames + frame] = energy[m];
@@ -222,7 +225,36 @@ private:
     }
 };
 
+// Mean and population standard deviation over members (n_members, n).
+template <class T> void spread(int64_t n_members, int64_t n, const T* members, T* mean, T* deviation) {
+    constexpr int64_t CHUNK = 256;
+    double sum[CHUNK], squares[CHUNK];
+    for (int64_t first = 0; first < n; first += CHUNK) {
+        const int64_t size = std::min(CHUNK, n - first);
+        std::fill(sum, sum + size, 0.0), std::fill(squares, squares + size, 0.0);
+        for (int64_t m = 0; m < n_members; ++m)
+            for (int64_t x = 0; x < size; ++x) sum[x] += double(members[m * n + first + x]);
+        for (int64_t x = 0; x < size; ++x) sum[x] /= double(n_members), mean[first + x] = T(sum[x]);
+        for (int64_t m = 0; m < n_members; ++m) {
+            for (int64_t x = 0; x < size; ++x) {
+                const double off = double(members[m * n + first + x]) - sum[x];
+                squares[x] += off * off;
+            }
+        }
+        for (int64_t x = 0; x < size; ++x) deviation[first + x] = T(std::sqrt(squares[x] / double(n_members)));
+    }
+}
+
 }  // namespace
+
+extern "C" __attribute__((visibility("default")))
+void smelt_spread(int is_double, int64_t n_members, int64_t n, const void* members, void* mean, void* deviation) {
+    const auto find = [&](auto* of) {
+        using T = std::remove_const_t<std::remove_pointer_t<decltype(of)>>;
+        spread(n_members, n, of, static_cast<T*>(mean), static_cast<T*>(deviation));
+    };
+    is_double ? find(static_cast<const double*>(members)) : find(static_cast<const float*>(members));
+}
 
 // Energies of all members, and if there are cotangents forces and stress. Returns 0, or 1 when there is no memory.
 extern "C" __attribute__((visibility("default")))

@@ -19,6 +19,7 @@ from potential.aev import AEVParameters
 from potential.kernels import blocks, layers, programs, reference
 from potential.kernels.layers import Inputs, Layout
 from potential.kernels.motion import Moving
+from potential.kernels.powers import DEGREE, fit_power, reach_of
 from potential.kernels.reference import (
     Stack,
     find_pairs,
@@ -27,6 +28,7 @@ from potential.kernels.reference import (
     kick,
     normals,
     respond,
+    spread,
 )
 from potential.structures import Structures
 
@@ -54,6 +56,7 @@ __all__ = [
     "pair_virials",
     "respond",
     "shortest_distances",
+    "spread",
 ]
 
 PAIRS_PER_PROGRAM, ATOMS_PER_PROGRAM, VALUES_PER_PROGRAM = 128, 128, 1024
@@ -491,29 +494,28 @@ class _Pairs:
 
     def __init__(self, vec: torch.Tensor, row: torch.Tensor, species_other: torch.Tensor, p: AEVParameters) -> None:
         self.p, self.n_atoms, self.n_pairs = p, len(row) - 1, len(vec)
-        self.vec, self.distance = vec.contiguous(), vec.norm(dim=1)
+        self.vec, self.distance = vec.contiguous(), vec.new_empty(len(vec))
         self.row, self.species_other = row.long().contiguous(), species_other.long().contiguous()
         self.bounds = self.row.new_empty(self.n_atoms * p.n_species + 1)
         self.whole = self.row.new_empty(3, self.n_pairs)
         self.real = self.vec.new_empty(6, self.n_pairs)
-        near = self.distance < p.angular_cutoff_A
+        n_near = self.row.new_empty(self.n_atoms)
+        within = {"CUTOFF": p.angular_cutoff_A, "BLOCK": PAIRS_PER_PROGRAM, "num_warps": 1}
+        _launch(programs.measure, (self.n_atoms,), self.vec, self.row, self.distance, n_near, **within)
         _launch(
             programs.list_near,
             (self.n_atoms,),
             self.vec,
             self.distance,
-            near,
             self.row,
-            torch.nn.functional.pad(near.cumsum(0), (1, 0)).index_select(0, self.row),
+            torch.nn.functional.pad(n_near.cumsum(0), (1, 0)),
             self.species_other,
             self.bounds,
             self.whole,
             self.real,
             self.n_pairs,
-            CUTOFF=p.angular_cutoff_A,
             SPECIES=p.n_species,
-            BLOCK=PAIRS_PER_PROGRAM,
-            num_warps=1,
+            **within,
         )
 
     @functools.cached_property
@@ -583,10 +585,24 @@ def _radial(p: AEVParameters) -> dict[str, Any]:
     return {"CUTOFF": p.radial_cutoff_A, "ETA": p.eta_radial, "SHIFTS": p.radial_shifts, "LENGTH": p.length}
 
 
+@functools.cache
+def _power(exponent: float) -> tuple[float, tuple[float, ...], int] | None:
+    """x^exponent as powers.fit_power has 2 x^exponent: reach, terms of the polynomial, number of squarings."""
+    reach = reach_of(exponent)
+    best = fit_power(exponent, reach)
+    if best is None:
+        return None
+    # As few terms as will do with as many squarings.
+    fits = (fit_power(exponent, reach, degree) for degree in range(2, DEGREE))
+    terms, n_squarings = next((fit for fit in fits if fit is not None and fit[1] == best[1]), best)
+    return reach, tuple((terms / 2 ** (0.5**n_squarings)).tolist()), n_squarings
+
+
 def _angular(p: AEVParameters, dtype: torch.dtype) -> dict[str, Any]:
     return {
         "ETA": p.eta_angular,
         "ZETA": p.zeta,
+        "POWER": _power(p.zeta - 1) if dtype == torch.float32 else None,
         "SHIFTS": p.angular_shifts,
         "COSINES": tuple(math.cos(angle) for angle in p.angle_shifts),
         "SINES": tuple(math.sin(angle) for angle in p.angle_shifts),

@@ -189,9 +189,10 @@ def library() -> ctypes.CDLL:
     loaded.smelt_find_neighbours.argtypes = [integer, long, *[pointer] * 4, ctypes.c_double, *[pointer] * 3]
     loaded.smelt_take_neighbours.argtypes = [pointer, integer, *[pointer] * 4]
     loaded.smelt_pair_vectors.argtypes = [*[integer] * 3, long, *[pointer] * 7]
-    loaded.smelt_moved.restype = long
-    loaded.smelt_moved.argtypes = [integer, long, *[pointer] * 6]
-    loaded.smelt_shortest.argtypes = [integer, integer, long, *[pointer] * 7]
+    loaded.smelt_spread.argtypes = [integer, long, long, *[pointer] * 3]
+    loaded.smelt_spread.restype = None
+    loaded.smelt_moved.argtypes = [integer, long, *[pointer] * 5]
+    loaded.smelt_shortest.argtypes = [integer, integer, long, *[pointer] * 8]
     loaded.smelt_normals.argtypes = [integer, ctypes.POINTER(Motion), pointer]
     loaded.smelt_drift.argtypes = [integer, ctypes.POINTER(Motion)]
     loaded.smelt_kick.argtypes = [integer, ctypes.POINTER(Motion), ctypes.c_double]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
+import operator
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -61,9 +62,20 @@ __all__ = [
     "pair_virials",
     "respond",
     "shortest_distances",
+    "spread",
 ]
 
+DESCRIBED: weakref.WeakKeyDictionary[Stack, Described] = weakref.WeakKeyDictionary()
 PACKED: weakref.WeakKeyDictionary[Stack, Packed] = weakref.WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class Described:
+    """What the kernel has to know of a stack, and what of it was looked at."""
+
+    seen: tuple[object, ...]
+    job: Networks
+    packed_bytes: int
 
 
 @dataclass(frozen=True)
@@ -93,6 +105,7 @@ class Tape:
 
 
 FORWARD, VJP, JVP = range(3)
+_moved_last: tuple[tuple[torch.Tensor, ...], Motion] = (), Motion()  # looked at, and pointed to
 NO_MEMORY, FLAT = 1, 2  # Status of neighbours.cpp
 
 
@@ -169,13 +182,14 @@ def shortest_distances(
 ) -> torch.Tensor:
     """(B,), A, float64: shortest listed distance of each frame; infinite where there is none."""
     positions, cell = structures.positions.contiguous(), structures.cell.to(structures.positions.dtype).contiguous()
-    first = structures.first_atom
+    first, pbc = structures.first_atom, structures.pbc.contiguous()
     out = positions.new_empty(structures.n_frames, dtype=torch.float64)
     library().smelt_shortest(
         _is_double(positions),
         torch.get_num_threads(),
         structures.n_frames,
         first.data_ptr(),
+        pbc.data_ptr(),
         row.data_ptr(),
         other.data_ptr(),
         shift.data_ptr(),
@@ -186,15 +200,12 @@ def shortest_distances(
     return out
 
 
-def have_moved(
-    structures: Structures, built: torch.Tensor, strain: torch.Tensor | None, slack_A: torch.Tensor
-) -> torch.Tensor:
-    """(B,), bool: frames with an atom more than slack_A / 2 away from where the strained frame carried it."""
+def have_moved(structures: Structures, built: torch.Tensor, strain: torch.Tensor | None, slack_A: torch.Tensor) -> bool:
+    """Whether an atom is more than slack_A / 2 of its frame away from where the strained frame carried it."""
     positions, first = structures.positions.contiguous(), structures.first_atom
     _check("built", built, tuple(positions.shape))
     _check("slack_A", slack_A, (structures.n_frames,))
-    moved = slack_A.new_empty(structures.n_frames, dtype=torch.bool)
-    library().smelt_moved(
+    n_moved = library().smelt_moved(
         _is_double(positions),
         structures.n_frames,
         first.data_ptr(),
@@ -202,9 +213,8 @@ def have_moved(
         built.data_ptr(),
         None if strain is None else strain.data_ptr(),
         slack_A.data_ptr(),
-        moved.data_ptr(),
     )
-    return moved
+    return bool(n_moved)
 
 
 def drift(atoms: Moving, step: torch.Tensor, push: float, half_step_fs: float, damping: float) -> None:
@@ -227,21 +237,22 @@ def normals(atoms: Moving, step: torch.Tensor) -> torch.Tensor:
 def _motion(
     atoms: Moving, step: torch.Tensor | None, push: float = 0.0, half_step_fs: float = 0.0, damping: float = 1.0
 ) -> Motion:
-    n_atoms, n_frames = atoms.positions.shape[0], atoms.noise_key.shape[0]
+    global _moved_last  # steps come by the thousand, and of one batch
     per_atom = atoms.positions, atoms.velocities, atoms.forces, atoms.inverse_mass, atoms.noise_scale
-    for tensor, width in zip(per_atom, (3, 3, 3, 1, 1), strict=True):
-        _check_plain(tensor, width * n_atoms, torch.float64)
-    integers = atoms.frame_of_atom, atoms.first_atom, atoms.noise_key
-    for tensor, numbers in zip(integers, (n_atoms, n_frames + 1, n_frames), strict=True):
-        _check_plain(tensor, numbers, torch.int64)
-    return Motion(
-        n_atoms,
-        *(tensor.data_ptr() for tensor in (*per_atom, *integers)),
-        None if step is None else step.data_ptr(),
-        push,
-        half_step_fs,
-        damping,
-    )
+    tensors = *per_atom, atoms.frame_of_atom, atoms.first_atom, atoms.noise_key
+    known, job = _moved_last
+    if len(known) != len(tensors) or not all(map(operator.is_, known, tensors)):
+        n_atoms, n_frames = atoms.positions.shape[0], atoms.noise_key.shape[0]
+        for tensor, width in zip(per_atom, (3, 3, 3, 1, 1), strict=True):
+            _check_plain(tensor, width * n_atoms, torch.float64)
+        for tensor, numbers in zip(tensors[5:], (n_atoms, n_frames + 1, n_frames), strict=True):
+            _check_plain(tensor, numbers, torch.int64)
+        job = Motion(n_atoms, *(tensor.data_ptr() for tensor in tensors))
+        _moved_last = tensors, job
+    job = Motion.from_buffer_copy(job)
+    job.step = None if step is None else step.data_ptr()
+    job.push, job.half_step, job.damping = push, half_step_fs, damping
+    return job
 
 
 def aev_forward(vec: torch.Tensor, row: torch.Tensor, species_other: torch.Tensor, p: AEVParameters) -> torch.Tensor:
@@ -293,7 +304,8 @@ def evaluate(
     self_energies = self_energies.double().contiguous()
     _check("row", row, (n_atoms + 1,))
     _check("shift", shift, (other.shape[0], 3))
-    networks = [_networks(stack, p.length, dtype, celu_alpha) for stack in stacks]
+    instructions = level()
+    networks = [_networks(stack, p.length, dtype, celu_alpha, instructions) for stack in stacks]
     job = Evaluate(
         ctypes.pointer(_shape(p)),
         *(t.data_ptr() for t in (row, other, shift, structures.frame_of_atom, structures.species, positions, cells)),
@@ -307,9 +319,20 @@ def evaluate(
         forces.data_ptr(),
         None if stresses is None else stresses.data_ptr(),
     )
-    if library().smelt_evaluate(level(), _is_double(forces), torch.get_num_threads(), ctypes.byref(job)):
+    if library().smelt_evaluate(instructions, _is_double(forces), torch.get_num_threads(), ctypes.byref(job)):
         raise MemoryError(f"no memory to evaluate {n_atoms} atoms, {n_members} members")
     return energy, forces, stresses
+
+
+def spread(members: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and population standard deviation over the first axis."""
+    members = members.contiguous()
+    both = members.new_empty(2, *members.shape[1:])
+    size, mean = both[0].numel() * both.itemsize, both.data_ptr()
+    library().smelt_spread(
+        _is_double(members), members.shape[0], both[0].numel(), members.data_ptr(), mean, mean + size
+    )
+    return both[0], both[1]
 
 
 def networks(
@@ -332,16 +355,31 @@ def networks(
     if not all(t.is_contiguous() and t.dtype == aev.dtype for t in (aev, energies, gradient)):
         raise ValueError(f"networks: all tensors must be contiguous and {aev.dtype}, as aev is")
     atoms = atoms.long().contiguous()
-    job = _networks(stack, length, aev.dtype, celu_alpha)
+    instructions = level()
+    described = _networks(stack, length, aev.dtype, celu_alpha, instructions)  # which keeps what the copy points to
+    job = Networks.from_buffer_copy(described)
     job.n_rows, job.n_atoms, job.mean = atoms.shape[0], n_atoms, n_gradients == 1
     job.atoms, job.aev, job.energies = atoms.data_ptr(), aev.data_ptr(), energies.data_ptr()
     job.gradient = gradient.data_ptr() if n_gradients else None
-    if library().smelt_networks(level(), _is_double(aev), torch.get_num_threads(), ctypes.byref(job)):
+    if library().smelt_networks(instructions, _is_double(aev), torch.get_num_threads(), ctypes.byref(job)):
         raise MemoryError(f"no memory for the networks: {atoms.shape[0]} atoms, {n_members} members")
 
 
-def _networks(stack: Stack, length: int, dtype: torch.dtype, celu_alpha: float) -> Networks:
-    """What the kernel has to know of the networks of one element, without the atoms."""
+def _networks(stack: Stack, length: int, dtype: torch.dtype, celu_alpha: float, instructions: int) -> Networks:
+    """What the kernel has to know of the networks of one element, without the atoms: to be copied, not changed."""
+    seen = length, dtype, celu_alpha, instructions, *(t.data_ptr() for t in (*stack.weights, *stack.biases))
+    known = DESCRIBED.get(stack)
+    if known is None or known.seen != seen:
+        job = _describe(stack, length, dtype, celu_alpha)
+        n_bytes = library().smelt_packed_bytes(instructions, dtype == torch.float64, ctypes.byref(job))
+        known = DESCRIBED[stack] = Described(seen, job, n_bytes)
+    if known.packed_bytes:
+        known.job.holds = _packed(stack, known, instructions)
+        known.job.packed = known.job.holds.numbers.data_ptr()
+    return known.job
+
+
+def _describe(stack: Stack, length: int, dtype: torch.dtype, celu_alpha: float) -> Networks:
     n_members, n_layers = stack.weights[0].shape[0], len(stack.weights)
     widths = (length, *(bias.shape[1] for bias in stack.biases))
     for layer, (weight, bias) in enumerate(zip(stack.weights, stack.biases, strict=True)):
@@ -351,7 +389,7 @@ def _networks(stack: Stack, length: int, dtype: torch.dtype, celu_alpha: float) 
             raise ValueError(f"layer {layer}: weights and biases must be contiguous and {dtype}")
     if widths[-1] != 1:
         raise ValueError(f"networks with {widths[-1]} outputs: one, the energy, is supported")
-    job = Networks(
+    return Networks(
         n_members,
         n_layers,
         0,
@@ -362,23 +400,16 @@ def _networks(stack: Stack, length: int, dtype: torch.dtype, celu_alpha: float) 
         None,
         celu_alpha,
     )
-    packed = _packed(stack, job, dtype)
-    if packed is not None:
-        job.packed, job.holds = packed.numbers.data_ptr(), packed
-    return job
 
 
-def _packed(stack: Stack, job: Networks, dtype: torch.dtype) -> Packed | None:
+def _packed(stack: Stack, known: Described, instructions: int) -> Packed:
     """The weights as tiles want them: packed when they are first seen, and again when they have changed."""
-    is_double = dtype == torch.float64
-    n_bytes = library().smelt_packed_bytes(level(), is_double, ctypes.byref(job))
-    if not n_bytes:
-        return None
     packed = PACKED.get(stack)
     if packed is None or not packed.is_still_of(stack.weights):
-        numbers = torch.empty(n_bytes, dtype=torch.uint8)
-        if library().smelt_pack(level(), is_double, torch.get_num_threads(), ctypes.byref(job), numbers.data_ptr()):
-            raise MemoryError(f"no memory to pack the weights of {job.n_members} members")
+        numbers, job = torch.empty(known.packed_bytes, dtype=torch.uint8), ctypes.byref(known.job)
+        is_double = _is_double(stack.weights[0])
+        if library().smelt_pack(instructions, is_double, torch.get_num_threads(), job, numbers.data_ptr()):
+            raise MemoryError(f"no memory to pack the weights of {known.job.n_members} members")
         weights = [weight.detach() for weight in stack.weights]
         packed = PACKED[stack] = Packed(weights, [_count_writes(weight) for weight in weights], numbers)
     return packed

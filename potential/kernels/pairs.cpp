@@ -114,19 +114,20 @@ template <bool STRAINED, class T> bool has_moved(const T* positions, const doubl
     return std::accumulate(odd, odd + LANES, 0.0) != 0 || !(slack >= 0 && 4 * most <= slack * slack);
 }
 
-template <class T> int64_t have_moved(int64_t n_frames, const int64_t* first, const T* positions, const double* built,
-                                      const double* strain, const double* slack, bool* moved) {
-    int64_t n_moved = 0;
+template <class T> int have_moved(int64_t n_frames, const int64_t* first, const T* positions, const double* built,
+                                  const double* strain, const double* slack) {
     for (int64_t f = 0; f < n_frames; ++f) {
-        moved[f] = strain ? has_moved<true>(positions, built, strain + 9 * f, slack[f], first[f], first[f + 1])
-                          : has_moved<false>(positions, built, strain, slack[f], first[f], first[f + 1]);
-        n_moved += moved[f];
+        if (strain ? has_moved<true>(positions, built, strain + 9 * f, slack[f], first[f], first[f + 1])
+                   : has_moved<false>(positions, built, strain, slack[f], first[f], first[f + 1])) {
+            return 1;
+        }
     }
-    return n_moved;
+    return 0;
 }
 
-// Shortest of the listed pairs of atoms [low, high). Images in cells next to each other, which are nearly all, come from
-// a table: whether a pair is within one cell is as good as random in small ones, and a branch on it costs most.
+// Shortest of the listed pairs of atoms [low, high), each of which is listed from both of its atoms and looked at from
+// the first. Images in cells next to each other, which are nearly all, come from a table. Whether a pair is within one
+// cell, or seen from its first atom, is as good as random, and a branch on it costs most.
 template <class T> double shortest(const int64_t* row, const int64_t* other, const int32_t* shift, const T* positions,
                                    const T* cell, int64_t low, int64_t high) {
     double moves[27][3], least = std::numeric_limits<double>::infinity();
@@ -137,21 +138,97 @@ template <class T> double shortest(const int64_t* row, const int64_t* other, con
         const int32_t turn[3] = {n / 9 - 1, n / 3 % 3 - 1, n % 3 - 1};
         for (int k = 0; k < 3; ++k) moves[n][k] = move(turn, k);
     }
+    const auto squared = [&](int64_t i, int64_t e) {
+        const int32_t* turn = shift + 3 * e;
+        const uint32_t a = turn[0] + 1, b = turn[1] + 1, c = turn[2] + 1;
+        const bool near = (a < 3) & (b < 3) & (c < 3);
+        double total = 0;
+        for (int k = 0; k < 3; ++k) {
+            const double direct = double(positions[3 * other[e] + k]) - double(positions[3 * i + k]);
+            const double d = direct + (near ? moves[9 * a + 3 * b + c][k] : move(turn, k));
+            total += d * d;
+        }
+        return total;
+    };
+    constexpr int64_t CHUNK = 256;
+    int64_t once[CHUNK];
     for (int64_t i = low; i < high; ++i) {
-        for (int64_t e = row[i]; e < row[i + 1]; ++e) {
-            const int32_t* turn = shift + 3 * e;
-            const uint32_t a = turn[0] + 1, b = turn[1] + 1, c = turn[2] + 1;
-            const bool near = (a < 3) & (b < 3) & (c < 3);
-            double squared = 0;
-            for (int k = 0; k < 3; ++k) {
-                const double direct = double(positions[3 * other[e] + k]) - double(positions[3 * i + k]);
-                const double d = direct + (near ? moves[9 * a + 3 * b + c][k] : move(turn, k));
-                squared += d * d;
-            }
-            least = squared < least ? squared : least;
+        for (int64_t begin = row[i]; begin < row[i + 1]; begin += CHUNK) {
+            const int64_t end = std::min(begin + CHUNK, row[i + 1]);
+            int64_t n = 0;
+            for (int64_t e = begin; e < end; ++e) once[n] = e, n += other[e] >= i;
+            for (int64_t k = 0; k < n; ++k) least = std::min(least, squared(i, once[k]));
         }
     }
     return std::sqrt(least);
+}
+
+constexpr int64_t FEW_ATOMS = 512;                    // so that all pairs are sooner gone through than those listed
+
+// The shortest distance between n atoms of a cell that repeats itself along all axes, or (cell null) along none. Infinite
+// if it is not shorter than half the least height of the cell: for what is shorter, the image is the one in the cell that
+// is centred on the other atom.
+template <class T> double shortest_of_few(const T* positions, const T* cell, int64_t n) {
+    constexpr int LANES = 8;                          // independent minima, so that none waits for another
+    constexpr double ROUND = 6755399441055744.0;      // 1.5 * 2^52: adding it rounds to an integer
+    double at[3][FEW_ATOMS], own[9] = {1, 0, 0, 0, 1, 0, 0, 0, 1}, limit = std::numeric_limits<double>::infinity();
+    double inverse[9] = {1, 0, 0, 0, 1, 0, 0, 0, 1};
+    const double round = cell ? ROUND : 0, whole = cell ? 1 : 0;
+    if (cell) {
+        for (int x = 0; x < 9; ++x) own[x] = double(cell[x]);
+        for (int k = 0; k < 3; ++k) {
+            const double *a = own + 3 * ((k + 1) % 3), *b = own + 3 * ((k + 2) % 3);
+            for (int x = 0; x < 3; ++x) inverse[3 * x + k] = a[(x + 1) % 3] * b[(x + 2) % 3] - a[(x + 2) % 3] * b[(x + 1) % 3];
+        }
+        const double volume = own[0] * inverse[0] + own[1] * inverse[3] + own[2] * inverse[6];
+        for (double& each : inverse) each /= volume;
+        for (int k = 0; k < 3; ++k) {
+            double squared = 0;
+            for (int x = 0; x < 3; ++x) squared += inverse[3 * x + k] * inverse[3 * x + k];
+            limit = std::min(limit, 0.25 / squared);
+        }
+    }
+    for (int64_t i = 0; i < n; ++i) {
+        const T* p = positions + 3 * i;
+        for (int k = 0; k < 3; ++k) {
+            at[k][i] = double(p[0]) * inverse[k] + double(p[1]) * inverse[3 + k] + double(p[2]) * inverse[6 + k];
+        }
+    }
+    double least[LANES];
+    std::fill(least, least + LANES, std::numeric_limits<double>::infinity());
+    const auto look = [&](int64_t i, int64_t j, int lane) {
+        double turn[3], squared = 0;
+        for (int k = 0; k < 3; ++k) {
+            turn[k] = at[k][j] - at[k][i];
+            turn[k] -= whole * ((turn[k] + round) - round);
+        }
+        for (int x = 0; x < 3; ++x) {
+            const double apart = turn[0] * own[x] + turn[1] * own[3 + x] + turn[2] * own[6 + x];
+            squared += apart * apart;
+        }
+        least[lane] = squared < least[lane] ? squared : least[lane];
+    };
+    for (int64_t i = 1; i < n; ++i) {
+        int64_t j = 0;
+        for (; j + LANES <= i; j += LANES)
+            for (int lane = 0; lane < LANES; ++lane) look(i, j + lane, lane);
+        for (; j < i; ++j) look(i, j, 0);
+    }
+    const double squared = *std::min_element(least, least + LANES);
+    return squared < limit ? std::sqrt(squared) : std::numeric_limits<double>::infinity();
+}
+
+// The shortest listed distance of a frame of atoms [low, high).
+template <class T> double shortest_of_frame(const bool* pbc, const int64_t* row, const int64_t* other,
+                                            const int32_t* shift, const T* positions, const T* cell, int64_t low,
+                                            int64_t high) {
+    const bool periodic = pbc[0] & pbc[1] & pbc[2], free = !(pbc[0] | pbc[1] | pbc[2]);
+    // If any pair is listed, the shortest is.
+    if (high - low <= FEW_ATOMS && (periodic | free) && row[high] > row[low]) {
+        const double found = shortest_of_few(positions + 3 * low, periodic ? cell : nullptr, high - low);
+        if (std::isfinite(found)) return found;
+    }
+    return shortest(row, other, shift, positions, cell, low, high);
 }
 
 template <class T> void run(bool summing, const Pairs& p, const void* in, void* out, int n_threads) {
@@ -186,25 +263,27 @@ void smelt_pair_vectors(int from_double, int to_double, int n_threads, int64_t n
                                                out);
 }
 
-// moved: (n_frames,), which frames hold an atom that has moved by more than half of slack (n_frames,) from built
-// (n_atoms, 3) times strain (n_frames, 3, 3), or from built itself if strain is null. Returns how many.
+// Whether a frame holds an atom that has moved by more than half of slack (n_frames,) from built (n_atoms, 3) times
+// strain (n_frames, 3, 3), or from built itself if strain is null.
 extern "C" __attribute__((visibility("default")))
-int64_t smelt_moved(int is_double, int64_t n_frames, const int64_t* first, const void* positions, const double* built,
-                    const double* strain, const double* slack, bool* moved) {
-    return is_double ? have_moved(n_frames, first, static_cast<const double*>(positions), built, strain, slack, moved)
-                     : have_moved(n_frames, first, static_cast<const float*>(positions), built, strain, slack, moved);
+int smelt_moved(int is_double, int64_t n_frames, const int64_t* first, const void* positions, const double* built,
+                const double* strain, const double* slack) {
+    return is_double ? have_moved(n_frames, first, static_cast<const double*>(positions), built, strain, slack)
+                     : have_moved(n_frames, first, static_cast<const float*>(positions), built, strain, slack);
 }
 
 // out: (n_frames,), the shortest listed distance of each frame, infinite where there is none.
 extern "C" __attribute__((visibility("default")))
-void smelt_shortest(int is_double, int n_threads, int64_t n_frames, const int64_t* first, const int64_t* row,
-                    const int64_t* other, const int32_t* shift, const void* positions, const void* cells, double* out) {
+void smelt_shortest(int is_double, int n_threads, int64_t n_frames, const int64_t* first, const bool* pbc,
+                    const int64_t* row, const int64_t* other, const int32_t* shift, const void* positions,
+                    const void* cells, double* out) {
+    const auto find = [&](auto* at, auto* cell, int64_t f) {
+        return shortest_of_frame(pbc + 3 * f, row, other, shift, at, cell + 9 * f, first[f], first[f + 1]);
+    };
     share_out(n_frames, n_threads, [&](auto next) {
         for (int64_t f; (f = next()) >= 0;) {
-            out[f] = is_double ? shortest(row, other, shift, static_cast<const double*>(positions),
-                                          static_cast<const double*>(cells) + 9 * f, first[f], first[f + 1])
-                               : shortest(row, other, shift, static_cast<const float*>(positions),
-                                          static_cast<const float*>(cells) + 9 * f, first[f], first[f + 1]);
+            out[f] = is_double ? find(static_cast<const double*>(positions), static_cast<const double*>(cells), f)
+                               : find(static_cast<const float*>(positions), static_cast<const float*>(cells), f);
         }
     });
 }

@@ -23,19 +23,19 @@ def reach_of(power: float) -> float:
     return 1 - 2 ** (-BITS / power) if power > 0 else 1.0
 
 
-def fit_power(power: float, reach: float) -> tuple[NDArray[np.float64], int] | None:
+def fit_power(power: float, reach: float, degree: int = DEGREE) -> tuple[NDArray[np.float64], int] | None:
     """Terms of a polynomial in u, lowest first, and how often to square it for 2 x^power, x = 1 + reach (u - 1) / 2.
 
     The fewest squarings that are good enough for -1 <= u <= 1; None if none are.
     """
     if power < 0:
         return None
-    u, nodes = np.linspace(-1, 1, 1001), chebyshev.chebpts1(DEGREE + 1)
+    u, nodes = np.linspace(-1, 1, 1001), chebyshev.chebpts1(degree + 1)
     exact = _power(u, power, reach)
     for n_squarings in range(MOST_SQUARINGS + 1):
         n_factors = 2**n_squarings
-        series = chebyshev.chebfit(nodes, _power(nodes, power, reach) ** (1 / n_factors), DEGREE)
-        terms = np.zeros(DEGREE + 1)
+        series = chebyshev.chebfit(nodes, _power(nodes, power, reach) ** (1 / n_factors), degree)
+        terms = np.zeros(degree + 1)
         found = chebyshev.cheb2poly(series)
         terms[: len(found)] = found  # zeros at the end are left out
         if np.abs(np.polyval(terms[::-1], u) ** n_factors - exact).max() < LARGEST_ERROR:

@@ -31,6 +31,7 @@ __all__ = [
     "layers_down",
     "layers_up",
     "list_near",
+    "measure",
     "networks",
     "pair_sums",
     "pair_tangents",
@@ -41,6 +42,13 @@ __all__ = [
     "radial_sums",
     "radial_vjp",
 ]
+
+# Counts, and what may be a piece of a longer list: a program serves whether or not they are multiples of 16.
+ANY_MULTIPLE = (
+    *("n_atoms", "n_frames", "n_listed", "n_members", "n_pairs", "n_rows", "n_values"),
+    *("frame_of_atom", "other", "row", "species_other", "vec"),
+)
+_program = triton.jit(do_not_specialize=ANY_MULTIPLE)
 
 LOG2_E = tl.constexpr(1 / math.log(2))
 PI = tl.constexpr(math.pi)
@@ -73,7 +81,7 @@ def _polar(one, other):
     return radius, (2 * ((other >> 8).to(tl.float64) / 2**24) - 1) * PI
 
 
-@triton.jit
+@_program
 def drift(
     positions,
     velocities,
@@ -132,16 +140,41 @@ def _cutoff(length, CUTOFF: tl.constexpr):
 
 
 @triton.jit
-def _bends(cosine, ZETA: tl.constexpr, COSINES: tl.constexpr, SINES: tl.constexpr, EPS: tl.constexpr):
+def _steep(cosine, sine, across, along, ZETA: tl.constexpr, POWER: tl.constexpr, EPS: tl.constexpr):
+    """x = (1 + cos(theta - ShfZ)) / 2 and x^(ZETA - 1); across, along: cosine and sine of ShfZ. POWER: see gpu.py."""
+    if POWER is None:
+        half = tl.maximum(cosine * (0.5 * across) + (sine * (0.5 * along) + 0.5), EPS)  # not the log of 0
+        power = tl.exp2(tl.log2(half) * (ZETA - 1))
+    else:
+        REACH: tl.constexpr = POWER[0]
+        TERMS: tl.constexpr = POWER[1]
+        SQUARINGS: tl.constexpr = POWER[2]
+        place = tl.maximum(cosine * (across / REACH) + (sine * (along / REACH) + (1 - 1 / REACH)), -1.0)
+        power = place * TERMS[len(TERMS) - 1] + TERMS[len(TERMS) - 2]
+        for term in tl.static_range(len(TERMS) - 3, -1, -1):
+            power = power * place + TERMS[term]
+        for _ in tl.static_range(SQUARINGS):
+            power *= power
+        half = place * (0.5 * REACH) + (1 - 0.5 * REACH)
+    return half, power
+
+
+@triton.jit
+def _bends(
+    cosine,
+    ZETA: tl.constexpr,
+    POWER: tl.constexpr,
+    COSINES: tl.constexpr,
+    SINES: tl.constexpr,
+    EPS: tl.constexpr,
+):
     """Tuples of F2 for every ShfZ, and of its derivative by the cosine of the unscaled angle. cosine: of the scaled."""
     squared = 1 - cosine * cosine
     inverse = tl.rsqrt(squared)
     sine, cotangent = squared * inverse, cosine * inverse
     values, slopes = (), ()
     for angle in tl.static_range(len(COSINES)):
-        # (1 + cos(theta - ShfZ)) / 2, floored against the log of 0
-        half = tl.maximum(cosine * (0.5 * COSINES[angle]) + (sine * (0.5 * SINES[angle]) + 0.5), EPS)
-        steep = tl.exp2(tl.log2(half) * (ZETA - 1))
+        half, steep = _steep(cosine, sine, COSINES[angle], SINES[angle], ZETA, POWER, EPS)
         slope = steep * (cotangent * (-0.5 * SCALE * ZETA * SINES[angle]) + 0.5 * SCALE * ZETA * COSINES[angle])
         values, slopes = values + (steep * half,), slopes + (slope,)  # noqa: RUF005
     return values, slopes
@@ -170,7 +203,7 @@ def _slot(real, n_pairs, slot, mask):
     return x, y, z, length, fc, dfc
 
 
-@triton.jit
+@_program
 def pair_vectors(row, other, shift, frame_of_atom, positions, cell, out, BLOCK: tl.constexpr):
     """Write the vectors of the pairs of one atom: differences in the precision of positions and cell."""
     atom = tl.program_id(0).to(tl.int64)
@@ -187,7 +220,7 @@ def pair_vectors(row, other, shift, frame_of_atom, positions, cell, out, BLOCK: 
             tl.store(out + 3 * pair + axis, apart.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@_program
 def pair_sums(pair_values, row, other, reverse, out, n_pairs, BLOCK: tl.constexpr):
     """Add the values of one atom's pairs to it and take off those of the pairs in which it is the other.
 
@@ -224,7 +257,7 @@ def pair_sums(pair_values, row, other, reverse, out, n_pairs, BLOCK: tl.constexp
         tl.store(mine + 2, tl.sum(total_z, 0))
 
 
-@triton.jit
+@_program
 def find_reverse(vec, row, other, centre, out, n_pairs, BLOCK: tl.constexpr):
     """Write the number of the pair that is nearest to each seen from its other atom, of a block of pairs."""
     pair = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -245,7 +278,7 @@ def find_reverse(vec, row, other, centre, out, n_pairs, BLOCK: tl.constexpr):
     tl.store(out + pair, found, mask=inside)
 
 
-@triton.jit
+@_program
 def pair_virials(pair_values, vec, row, frame_of_atom, out, n_frames, n_pairs, BLOCK: tl.constexpr):
     """Add up vector times value over the pairs of one atom; of its frame, xx yy zz yz xz xy, in float64."""
     atom, item = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
@@ -269,7 +302,7 @@ def pair_virials(pair_values, vec, row, frame_of_atom, out, n_frames, n_pairs, B
     tl.atomic_add(place + 5, tl.sum(xy, 0).to(tl.float64), sem="relaxed")
 
 
-@triton.jit
+@_program
 def pair_tangents(atom_values, strain, vec, row, other, frame_of_atom, out, n_frames, n_pairs, BLOCK: tl.constexpr):
     """Write for the pairs of one atom: its value less the other's, and what the strain makes of the vector."""
     atom, item = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
@@ -297,7 +330,7 @@ def _celu(x, ALPHA: tl.constexpr):
     return tl.where(x > 0, x, (slope - 1) * ALPHA), slope
 
 
-@triton.jit
+@_program
 def celu(value, slope, n_values, ALPHA: tl.constexpr, BLOCK: tl.constexpr):
     """Replace values by their CELU, and write its slope."""
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -415,7 +448,7 @@ def _add_sums(pieces, values, layer: tl.constexpr, WIDTHS: tl.constexpr, PIECES:
         tl.atomic_add(values + column, tl.sum(pieces[piece], 0), mask=column < WIDTHS[layer], sem="relaxed")
 
 
-@triton.jit
+@_program
 def networks(
     aev,
     atoms,
@@ -470,7 +503,7 @@ def _add_scaled(pieces, factors, others):
     return sums
 
 
-@triton.jit
+@_program
 def layers_up(
     aev,
     atoms,
@@ -537,7 +570,7 @@ def _bend(pulls, backs, values, changes, ALPHA: tl.constexpr):
     return steep, bent
 
 
-@triton.jit
+@_program
 def layers_down(
     atoms,
     flat,
@@ -598,11 +631,28 @@ def _scaled(pieces, factors):
     return products
 
 
-@triton.jit
+@_program
+def measure(vec, row, distance, n_near, CUTOFF: tl.constexpr, BLOCK: tl.constexpr):
+    """Write the distances of one atom's pairs, and how many of them are shorter than CUTOFF."""
+    atom = tl.program_id(0).to(tl.int64)
+    high = tl.load(row + atom + 1)
+    near = tl.zeros((BLOCK,), tl.int64)
+    for start in range(tl.load(row + atom), high, BLOCK):
+        pair = start + tl.arange(0, BLOCK)
+        x, y, z = _vector(vec + 3 * pair, 1, pair < high)
+        if vec.dtype.element_ty == tl.float32:
+            length = tl.sqrt_rn(_dot(x, y, z, x, y, z))
+        else:
+            length = tl.sqrt(_dot(x, y, z, x, y, z))
+        tl.store(distance + pair, length, mask=pair < high)
+        near += ((length < CUTOFF) & (pair < high)).to(tl.int64)
+    tl.store(n_near + atom, tl.sum(near, 0))
+
+
+@_program
 def list_near(
     vec,
     distance,
-    near,
     row,
     near_row,
     species_other,
@@ -614,7 +664,7 @@ def list_near(
     SPECIES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Fill the slots of one atom. near: (E,), which pairs; near_row: (N + 1,), first slot of each atom."""
+    """Fill the slots of one atom. near_row: (N + 1,), first slot of each atom."""
     atom = tl.program_id(0).to(tl.int64)
     low, high = tl.load(row + atom), tl.load(row + atom + 1)
     first = tl.load(near_row + atom)
@@ -622,7 +672,7 @@ def list_near(
         tl.store(bounds + atom * SPECIES + species, first)
         for start in range(low, high, BLOCK):
             pair = start + tl.arange(0, BLOCK)
-            listed = tl.load(near + pair, mask=pair < high, other=0) != 0
+            listed = tl.load(distance + pair, mask=pair < high, other=CUTOFF) < CUTOFF
             listed &= tl.load(species_other + pair, mask=pair < high, other=-1) == species
             slot = first + tl.cumsum(listed.to(tl.int64), 0) - 1
             tl.store(whole + slot, pair, mask=listed)
@@ -648,7 +698,7 @@ def _radial_features(length, fc, dfc, shift, ETA: tl.constexpr):
     return gaussian * fc, gaussian * (dfc - 2 * ETA * (length - shift) * fc)
 
 
-@triton.jit
+@_program
 def radial_sums(
     vec,
     distance,
@@ -693,7 +743,7 @@ def radial_sums(
     tl.store(out + place, sums, mask=(species < SPECIES) & (shift < len(SHIFTS)))
 
 
-@triton.jit
+@_program
 def radial_vjp(
     vec,
     distance,
@@ -741,7 +791,7 @@ def _slope_tile(distance, species_other, pair, high, species, CUTOFF: tl.constex
     return tl.where(mine[None, :], slope / length[None, :], 0.0)
 
 
-@triton.jit
+@_program
 def radial_pull(
     vec,
     distance,
@@ -783,7 +833,7 @@ def radial_pull(
         tl.store(place + 2, slope * z[None, :], mask=inside)
 
 
-@triton.jit
+@_program
 def radial_push(
     vec,
     distance,
@@ -880,7 +930,7 @@ def _change(tangent, pair, x, y, z, length, other_x, other_y, other_z, cosine, c
     return stretch, turn / tl.maximum(length, SHORTEST)  # 0 where nothing is counted
 
 
-@triton.jit
+@_program
 def angular_sums(
     bounds,
     whole,
@@ -890,6 +940,7 @@ def angular_sums(
     n_pairs,
     ETA: tl.constexpr,
     ZETA: tl.constexpr,
+    POWER: tl.constexpr,
     SHIFTS: tl.constexpr,
     COSINES: tl.constexpr,
     SINES: tl.constexpr,
@@ -923,7 +974,7 @@ def angular_sums(
             kx, ky, kz, k_length, k_fc, k_dfc = _slot(real, n_pairs, k, counted)
             mean = 0.5 * (j_length + k_length)
             cosine = _dot(jx, jy, jz, kx, ky, kz)
-            bends, slopes = _bends(cosine * SCALE, ZETA, COSINES, SINES, EPS)
+            bends, slopes = _bends(cosine * SCALE, ZETA, POWER, COSINES, SINES, EPS)
             weight, by_mean, by_cosine = 2 * j_fc * k_fc, 0.0, 0.0
             if PUSH:
                 pushes = tangent + 3 * item * n_pairs
@@ -957,7 +1008,7 @@ def _sum_bins(weights, mean, bends, slopes, ETA: tl.constexpr, SHIFTS: tl.conste
     return features, by_mean, by_cosine
 
 
-@triton.jit
+@_program
 def angular_vjp(
     bounds,
     whole,
@@ -968,6 +1019,7 @@ def angular_vjp(
     n_pairs,
     ETA: tl.constexpr,
     ZETA: tl.constexpr,
+    POWER: tl.constexpr,
     SHIFTS: tl.constexpr,
     COSINES: tl.constexpr,
     SINES: tl.constexpr,
@@ -1007,7 +1059,7 @@ def angular_vjp(
                 counted = (k < high) & (k != slot)
                 kx, ky, kz, k_length, k_fc, _k_dfc = _slot(real, n_pairs, k, counted)
                 mean = 0.5 * (length + k_length)
-                bends, slopes = _bends(_dot(x, y, z, kx, ky, kz) * SCALE, ZETA, COSINES, SINES, EPS)
+                bends, slopes = _bends(_dot(x, y, z, kx, ky, kz) * SCALE, ZETA, POWER, COSINES, SINES, EPS)
                 by_fc, by_mean, by_cosine = _sum_bins(weights, mean, bends, slopes, ETA, SHIFTS, len(COSINES))
                 stretch += k_fc * (dfc * by_fc - ETA * fc * by_mean)
                 by_cosine *= fc * k_fc
@@ -1022,7 +1074,7 @@ def angular_vjp(
         tl.store(place + 2, before_z + 2 * stretch * z + (turn_z - along * z) / half, mask=listed)
 
 
-@triton.jit
+@_program
 def angular_jacobian(
     bounds,
     whole,
@@ -1032,6 +1084,7 @@ def angular_jacobian(
     n_pairs,
     ETA: tl.constexpr,
     ZETA: tl.constexpr,
+    POWER: tl.constexpr,
     SHIFTS: tl.constexpr,
     COSINES: tl.constexpr,
     SINES: tl.constexpr,
@@ -1065,7 +1118,7 @@ def angular_jacobian(
             counted = (k < high) & (k != slot)
             kx, ky, kz, k_length, k_fc, _k_dfc = _slot(real, n_pairs, k, counted)
             mean, cosine = 0.5 * (length + k_length), _dot(x, y, z, kx, ky, kz)
-            bends, slopes = _bends(cosine * SCALE, ZETA, COSINES, SINES, EPS)
+            bends, slopes = _bends(cosine * SCALE, ZETA, POWER, COSINES, SINES, EPS)
             turn_x, turn_y, turn_z = kx - cosine * x, ky - cosine * y, kz - cosine * z
             added = ()
             for shift in tl.static_range(len(SHIFTS)):
@@ -1096,7 +1149,7 @@ def _tile(
     return tl.load(jacobian + place, mask=(number < N_BINS)[:, None] & listed[None, :], other=0.0)
 
 
-@triton.jit
+@_program
 def angular_pull(
     bounds,
     whole,
@@ -1146,7 +1199,7 @@ def angular_pull(
             tl.store(out + 3 * place + 2, before_z + z, mask=inside)
 
 
-@triton.jit
+@_program
 def angular_push(
     bounds,
     whole,

@@ -56,6 +56,7 @@ __all__ = [
     "pair_virials",
     "respond",
     "shortest_distances",
+    "spread",
 ]
 
 RADIAL_PREFACTOR = 0.25
@@ -245,15 +246,21 @@ def shortest_distances(
 def have_moved(
     structures: Structures, built: torch.Tensor, strain: torch.Tensor | None, slack_A: torch.Tensor
 ) -> torch.Tensor:
-    """(B,), bool: frames with an atom more than slack_A / 2 away from where the strained frame carried it.
+    """(), bool: whether an atom is more than slack_A / 2 of its frame away from where the strained frame carried it.
 
     built: (N, 3), A, earlier positions; strain: (B, 3, 3), what the cells have been multiplied by since then, or None;
     slack_A: (B,); both float64. An atom that is nowhere has moved.
     """
     frame = structures.frame_of_atom
     carried = built if strain is None else torch.einsum("ni,nij->nj", built, strain[frame])
-    moved = ~(2 * (structures.positions.double() - carried).norm(dim=1) <= slack_A.index_select(0, frame))
-    return torch.bincount(frame, moved.double(), minlength=structures.n_frames) > 0
+    moved: torch.Tensor = 2 * (structures.positions.double() - carried).norm(dim=1)
+    return ~(moved <= slack_A.index_select(0, frame)).all()
+
+
+def spread(members: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """As potential.kernels.spread; several times faster than torch.std_mean along the first axis."""
+    mean = members.mean(0)
+    return mean, (members - mean).square_().mean(0).sqrt_()
 
 
 def pair_sums(

@@ -139,12 +139,17 @@ template <class T> struct Simd {
         return total;
     }
 
+    static INLINE T greatest(V v) { return -least(-v); }
+
 #if __has_builtin(__builtin_shufflevector)
     // Lane i of v[k] becomes lane k of v[i].
     static INLINE void transpose(V (&v)[W]) { transpose_from<1>(v); }
 
     // Lane i becomes the sum of the lanes of v[i]: a transposition whose every step adds.
     static INLINE V sums(V (&v)[W]) { return sums_from<1>(v); }
+
+    // Of all lanes.
+    static INLINE T least(V v) { return least_from<W / 2>(v, std::make_integer_sequence<int, W>{}); }
 
     // out[q] = sum of the lanes of v[q].
     static INLINE void sum4(const V (&v)[4], T* out) { sum4(v, out, std::make_integer_sequence<int, W>{}); }
@@ -171,6 +176,12 @@ private:
             }
             return sums_from<2 * D>(v);
         }
+    }
+    template <int D, int... I> static INLINE T least_from(V v, std::integer_sequence<int, I...> lanes) {
+        const V other = __builtin_shufflevector(v, v, (I ^ D)...);
+        v = other < v ? other : v;
+        if constexpr (D > 1) return least_from<D / 2>(v, lanes);
+        else return v[0];
     }
     template <int... I> static INLINE void sum4(const V (&v)[4], T* out, std::integer_sequence<int, I...>) {
         V pair[2];
@@ -200,6 +211,11 @@ private:
         V total;
         for (int i = 0; i < W; ++i) total[i] = sum(v[i]);
         return total;
+    }
+    static INLINE T least(V v) {
+        T found = v[0];
+        for (int i = 1; i < W; ++i) found = v[i] < found ? v[i] : found;
+        return found;
     }
     static INLINE void sum4(const V (&v)[4], T* out) {
         for (int q = 0; q < 4; ++q) out[q] = sum(v[q]);

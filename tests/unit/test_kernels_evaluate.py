@@ -118,6 +118,15 @@ def test_energies_alone_are_the_same_and_nothing_else_is_made(simd):
     assert stress is None
 
 
+@pytest.mark.parametrize("module", [native, reference])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_spread_is_mean_and_deviation_over_members(module, dtype):
+    members = torch.randn(8, 301, 3, dtype=dtype, generator=torch.manual_seed(4)) + 50
+    mean, deviation = module.spread(members.transpose(1, 2))  # in any order in memory
+    torch.testing.assert_close(mean, members.double().mean(0).T.to(dtype))
+    torch.testing.assert_close(deviation, members.double().std(0, correction=0).T.to(dtype), rtol=1e-5, atol=1e-5)
+
+
 def test_stress_of_a_frame_without_volume_is_not_a_number():
     stress = evaluate(native, Structures.from_frames(frames(), ELEMENTS))[2]
     assert stress.isnan().flatten(2).all(2)[0].tolist() == [True, True, False, False, False, False, False]

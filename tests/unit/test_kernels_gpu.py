@@ -225,6 +225,7 @@ def test_the_programs_compile_for_an_h200(pytestconfig):
     assert set(done.stdout.split()) == set(programs.__all__)
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="beside a pretended device a real one has no pinned memory")
 def test_an_evaluation_stays_on_its_device_and_never_waits_for_it(monkeypatch):
     structures = Structures.from_frames(frames(), ELEMENTS)
     by_species = structures.atoms_by_species  # found once for a batch, by waiting

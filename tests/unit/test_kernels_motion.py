@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 from types import ModuleType
 
@@ -157,7 +158,7 @@ def test_arrays_of_another_kind_are_refused() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("strained", [False, True])
-def test_frames_whose_atoms_have_moved_too_far_are_named(
+def test_a_frame_whose_atoms_have_moved_too_far_is_noticed(
     kernels: ModuleType, dtype: torch.dtype, strained: bool
 ) -> None:
     rng = np.random.default_rng(1)
@@ -171,26 +172,39 @@ def test_frames_whose_atoms_have_moved_too_far_are_named(
     moved[49, 2] = float("nan")
     moved[-1] += 0.28  # holds: 0.485
     now = replace(built, positions=moved.to(dtype))
-    slack = torch.tensor([1.0, 1.0, 1.0, 1.0], dtype=torch.float64)
-    found = kernels.have_moved(now, built.positions, strain if strained else None, slack)
-    assert found.tolist() == [False, True, True, False]
-    assert kernels.have_moved(now, built.positions, strain if strained else None, -slack).all()
+    for sign in (1.0, -1.0):
+        found = []
+        for frame in range(4):
+            slack = torch.full((4,), torch.inf, dtype=torch.float64)
+            slack[frame] = sign
+            atoms_there = built.frame_of_atom == frame
+            only = replace(now, positions=torch.where(atoms_there[:, None], now.positions, carried.to(dtype)))
+            found.append(bool(kernels.have_moved(only, built.positions, strain if strained else None, slack)))
+        assert found == ([False, True, True, False] if sign > 0 else [True] * 4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_shortest_distance_of_each_frame(kernels: ModuleType, dtype: torch.dtype) -> None:
     rng = np.random.default_rng(4)
-    cells = [np.eye(3) * 6 + rng.normal(size=(3, 3)) for _ in range(3)]
-    frames = [Frame(np.full(9, 13), rng.uniform(-9, 9, (9, 3)), cell, [True, False, True]) for cell in cells]
-    frames.append(Frame([13], [[0.0, 0.0, 0.0]]))
+    frames = []
+    for pbc in ([True, False, True], [True] * 3, [False] * 3):
+        for side, n in ((6.0, 9), (14.0, 40), (2.4, 1)):  # in the last an atom sees its own images only
+            cell = side * (np.eye(3) + rng.normal(0, 0.2, (3, 3)))
+            frames.append(Frame(np.full(n, 13), rng.uniform(-9, 9, (n, 3)), cell, pbc))
+    skewed = np.array([[9.0, 0, 0], [8.6, 1.6, 0], [0, 0, 9.0]])  # the nearest image is not the one that rounding finds
+    frames.append(Frame([13, 13], [[0.0, 0, 0], [4.4, 0.75, 0.3]], skewed, [True] * 3))
+    frames.append(Frame(np.full(600, 13), rng.uniform(0, 30, (600, 3)), 30 * np.eye(3), [True] * 3))
     structures = Structures.from_frames(frames, ["Al"], dtype)
     pairs = find_neighbours(structures, 5.0)
     expected = []
-    for frame in frames[:3]:
-        shifts = np.array([[i, 0, k] for i in range(-5, 6) for k in range(-5, 6)]) @ frame.cell
-        apart = frame.positions[:, None, None] - frame.positions[None, :, None] + shifts
-        distances = np.linalg.norm(apart, axis=3).ravel()
-        expected.append(distances[distances > 1e-9].min())
+    for frame in frames:
+        turns = [range(-5, 6) if each else [0] for each in frame.pbc] if frame.n_atoms < 600 else [range(-1, 2)] * 3
+        shifts = np.array(list(itertools.product(*turns))) @ frame.cell
+        least = np.inf
+        for position in frame.positions:
+            distances = np.linalg.norm(frame.positions[:, None] - position + shifts, axis=2).ravel()
+            least = min(least, distances[distances > 1e-9].min(initial=np.inf))
+        expected.append(least)
     found = kernels.shortest_distances(structures, pairs.row, pairs.other, pairs.shift)
     assert found.dtype == torch.float64
-    assert found.tolist() == pytest.approx([*expected, np.inf], rel=1e-5 if dtype == torch.float32 else 1e-12)
+    assert found.tolist() == pytest.approx(expected, rel=1e-5 if dtype == torch.float32 else 1e-12)

@@ -6,6 +6,7 @@ import itertools
 import math
 from dataclasses import replace
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -144,11 +145,18 @@ def test_jvp_and_vjp_are_adjoint(n_items: int, dtype: torch.dtype, simd: str) ->
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_products_agree_with_the_pytorch_reference_for_500_neighbours(dtype: torch.dtype, simd: str) -> None:
-    p = replace(ALUMINIUM, n_species=2)
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"eta_angular": 90.0, "eta_radial": 300.0}, {"angular_shifts": ALUMINIUM.angular_shifts[::-1]}],
+    ids=["ANI-Al", "Gaussians so narrow that most are out of reach", "shifts out of order"],
+)
+def test_products_agree_with_the_pytorch_reference_for_500_neighbours(
+    changes: dict[str, Any], dtype: torch.dtype, simd: str
+) -> None:
+    p = replace(ALUMINIUM, n_species=2, **changes)
     vec, row, species = environments([500, 3], p)
     random = torch.manual_seed(3)
-    cotangent = torch.randn(2, len(row) - 1, p.length, dtype=torch.float64, generator=random)
+    cotangent = torch.randn(9, len(row) - 1, p.length, dtype=torch.float64, generator=random)
     tangent = torch.randn(2, len(vec), 3, dtype=torch.float64, generator=random)
     ours, truth = (
         (
