@@ -306,6 +306,7 @@ def evaluate(
     _check("shift", shift, (other.shape[0], 3))
     instructions = level()
     networks = [_networks(stack, p.length, dtype, celu_alpha, instructions) for stack in stacks]
+    held = [each.holds for each in networks]  # should another thread pack other weights meanwhile
     job = Evaluate(
         ctypes.pointer(_shape(p)),
         *(t.data_ptr() for t in (row, other, shift, structures.frame_of_atom, structures.species, positions, cells)),
@@ -321,6 +322,7 @@ def evaluate(
     )
     if library().smelt_evaluate(instructions, _is_double(forces), torch.get_num_threads(), ctypes.byref(job)):
         raise MemoryError(f"no memory to evaluate {n_atoms} atoms, {n_members} members")
+    del held
     return energy, forces, stresses
 
 
@@ -358,6 +360,7 @@ def networks(
     instructions = level()
     described = _networks(stack, length, aev.dtype, celu_alpha, instructions)  # which keeps what the copy points to
     job = Networks.from_buffer_copy(described)
+    job.holds = described.holds
     job.n_rows, job.n_atoms, job.mean = atoms.shape[0], n_atoms, n_gradients == 1
     job.atoms, job.aev, job.energies = atoms.data_ptr(), aev.data_ptr(), energies.data_ptr()
     job.gradient = gradient.data_ptr() if n_gradients else None

@@ -1,6 +1,7 @@
 """Compile every Triton program for an H200 as it would be launched there, without one: python compile_programs.py.
 
-Prints the name of each. Triton's interpreter takes some things that its compiler refuses.
+Prints the name of each. Triton's interpreter takes some things that its compiler refuses. Fails where a program would
+be compiled again because there are more atoms or pairs, or a list begins elsewhere.
 """
 
 from __future__ import annotations
@@ -32,8 +33,11 @@ class H200:
         return 0
 
 
+compiled: set[str] = set()
+
+
 def compile_only(program: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-    program.warmup(*arguments, grid=grid, **constants)
+    compiled.add(program.warmup(*arguments, grid=grid, **constants).hash)
     print(program.__name__)
 
 
@@ -65,6 +69,16 @@ def main() -> None:
     seen = Inputs(aev, [other])
     energies, g, tape = gpu.forward_layers(flat, [layout], 0.1, seen)
     gpu.backward_layers(flat, [layout], 0.1, tape, seen, energies, g, torch.zeros_like(flat))
+    known = set(compiled)
+    for n in (16, 17):
+        many, first = torch.zeros(n + 1, 3), torch.arange(n + 1)
+        for start in (0, 1):  # the second begins at no multiple of 16 bytes
+            pairs, elements = many[start : n + start], torch.zeros(n + 1, dtype=torch.int64)[start : n + start]
+            gpu.aev_forward(pairs, first, elements, p)
+            gpu.aev_vjp(pairs, first, elements, pairs.new_zeros(1, n, p.length), p)
+            gpu.aev_vjp(pairs, first, elements, pairs.new_zeros(3, n, p.length), p)
+        gpu.forward_layers(flat, [layout], 0.1, Inputs(torch.zeros(n, p.length), [torch.arange(n)]))
+    assert compiled == known, f"{len(compiled - known)} programs were compiled again for other counts or places"
 
 
 if __name__ == "__main__":
