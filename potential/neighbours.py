@@ -52,6 +52,16 @@ def shortest_distances(structures: Structures, neighbours: Neighbours) -> torch.
     return kernels.shortest_distances(structures, neighbours.row, neighbours.other, neighbours.shift)
 
 
+@dataclass(frozen=True)
+class _Built:
+    """Pairs, and what they were found for: structures, the inverse of their cells, the skin of each frame (B,), A."""
+
+    structures: Structures
+    inverse: torch.Tensor
+    slack_A: torch.Tensor
+    pairs: Neighbours
+
+
 class SkinList:
     """Keep the pairs of a batch, found with a margin, for as long as they are surely complete.
 
@@ -65,8 +75,7 @@ class SkinList:
         self.cutoff_A = cutoff_A
         self.skin_A = skin_A
         self.n_builds = 0
-        # For which structures, the inverse of their cells, what frames may move before the pairs hold no more, pairs.
-        self._built: tuple[Structures, torch.Tensor, torch.Tensor, Neighbours] | None = None
+        self._built: _Built | None = None
 
     def update(self, structures: Structures) -> Neighbours:
         """Pairs that hold for `structures`: those kept if they still do, else new ones for the whole batch."""
@@ -75,19 +84,19 @@ class SkinList:
             # Callers move atoms in place: the positions the list was built for must be a copy.
             built = replace(structures, positions=structures.positions.double().clone(), cell=structures.cell.clone())
             inverse = torch.linalg.inv(complete_cells(built))
-            self._built = built, inverse, inverse.new_full((built.n_frames,), self.skin_A), found
+            self._built = _Built(built, inverse, inverse.new_full((built.n_frames,), self.skin_A), found)
             self.n_builds += 1
-        return self._built[3]
+        return self._built.pairs
 
     @property
     def neighbours(self) -> Neighbours:
         """Those of the last update."""
         assert self._built is not None
-        return self._built[3]
+        return self._built.pairs
 
     def is_of(self, structures: Structures) -> bool:
         """Whether the last update was for this very batch."""
-        return self._built is not None and self._built[0].n_atoms is structures.n_atoms
+        return self._built is not None and self._built.structures.n_atoms is structures.n_atoms
 
     def bounds(self, structures: Structures) -> tuple[torch.Tensor, torch.Tensor]:
         """Where cells have carried the atoms since the pairs were found, (N, 3), A, and slacks of frames, (B,), A.
@@ -96,18 +105,19 @@ class SkinList:
         """
         assert self._built is not None
         strain, slack = self._strain(structures)
-        carried = torch.einsum("ni,nij->nj", self._built[0].positions, strain.index_select(0, structures.frame_of_atom))
+        positions = self._built.structures.positions
+        carried = torch.einsum("ni,nij->nj", positions, strain.index_select(0, structures.frame_of_atom))
         return carried, slack
 
     def _strain(self, structures: Structures) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, 3, 3) and (B,), A: what cells have been multiplied by since the pairs were found, and what is left."""
         assert self._built is not None
-        strain = self._built[1] @ complete_cells(structures)
+        strain = self._built.inverse @ complete_cells(structures)
         return strain, (self.cutoff_A + self.skin_A) * torch.linalg.matrix_norm(strain, -2) - self.cutoff_A
 
     def _holds(self, structures: Structures) -> bool:
         assert self._built is not None
-        built, _, slack, _ = self._built
+        built, slack = self._built.structures, self._built.slack_A
         if not (_same(built.n_atoms, structures.n_atoms) and _same(built.pbc, structures.pbc)):
             return False
         moved = kernels.have_moved(structures, built.positions, None, slack)

@@ -43,7 +43,7 @@ template <class T> class Evaluation {
     const EvaluateJob& job;
     const AevKernel& aev;
     const NetworksKernel& networks;
-    const int64_t n_members, length;
+    const int64_t n_members, length, lanes;           // of items, in the forces of a unit
     int64_t longest_row = 0;
     std::vector<Buffer> units;
 
@@ -59,7 +59,7 @@ template <class T> class Evaluation {
 public:
     Evaluation(const EvaluateJob& job, const AevKernel& aev, const NetworksKernel& networks)
         : job(job), aev(aev), networks(networks), n_members(job.networks[0].n_members),
-          length(job.networks[0].widths[0]) {
+          length(job.networks[0].widths[0]), lanes(lanes_of<T>(job.n_items)) {
         for (int64_t i = 0; i < job.n_atoms; ++i) {
             longest_row = std::max(longest_row, job.list.row[i + 1] - job.list.row[i]);
         }
@@ -92,8 +92,7 @@ private:
     void add_units(int64_t frame) {
         const int64_t low = job.first[frame], n = job.first[frame + 1] - low;
         const int64_t n_units = std::clamp<int64_t>(n / ATOMS_PER_UNIT, 1, MOST_UNITS);
-        const int64_t lanes = lanes_of<T>(job.n_items);
-        const bool alone = n_units == 1 && lanes == 1;
+        const bool alone = n_units == 1 && lanes <= 1;
         std::vector<double> energy(n_members), virial(job.stress ? 9 * job.n_items : 0);
         for (int64_t k = 0; k < n_units; ++k) {
             const size_t bytes = alone ? 0 : sizeof(T) * 3 * n * lanes;
@@ -201,7 +200,6 @@ private:
             for (size_t k = 0; k < mine.virial.size(); ++k) virial[k] += mine.virial[k];
             if (!mine.forces) continue;
             const T* from = reinterpret_cast<const T*>(mine.forces.get());
-            const int64_t lanes = lanes_of<T>(job.n_items);
             for (int64_t m = 0; m < job.n_items; ++m) {
                 T* to = static_cast<T*>(job.forces) + 3 * (m * job.n_atoms + low);
                 for (int64_t x = 0; x < n_numbers; ++x) to[x] += from[x * lanes + m];

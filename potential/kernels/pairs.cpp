@@ -125,9 +125,8 @@ template <class T> int have_moved(int64_t n_frames, const int64_t* first, const 
     return 0;
 }
 
-// Shortest of the listed pairs of atoms [low, high), each of which is listed from both of its atoms and looked at from
-// the first. Images in cells next to each other, which are nearly all, come from a table. Whether a pair is within one
-// cell, or seen from its first atom, is as good as random, and a branch on it costs most.
+// Shortest of the listed pairs of atoms [low, high). Images in cells next to each other, which are nearly all, come from
+// a table: whether a pair is within one cell is as good as random in small ones, and a branch on it costs most.
 template <class T> double shortest(const int64_t* row, const int64_t* other, const int32_t* shift, const T* positions,
                                    const T* cell, int64_t low, int64_t high) {
     double moves[27][3], least = std::numeric_limits<double>::infinity();
@@ -138,26 +137,18 @@ template <class T> double shortest(const int64_t* row, const int64_t* other, con
         const int32_t turn[3] = {n / 9 - 1, n / 3 % 3 - 1, n % 3 - 1};
         for (int k = 0; k < 3; ++k) moves[n][k] = move(turn, k);
     }
-    const auto squared = [&](int64_t i, int64_t e) {
-        const int32_t* turn = shift + 3 * e;
-        const uint32_t a = turn[0] + 1, b = turn[1] + 1, c = turn[2] + 1;
-        const bool near = (a < 3) & (b < 3) & (c < 3);
-        double total = 0;
-        for (int k = 0; k < 3; ++k) {
-            const double direct = double(positions[3 * other[e] + k]) - double(positions[3 * i + k]);
-            const double d = direct + (near ? moves[9 * a + 3 * b + c][k] : move(turn, k));
-            total += d * d;
-        }
-        return total;
-    };
-    constexpr int64_t CHUNK = 256;
-    int64_t once[CHUNK];
     for (int64_t i = low; i < high; ++i) {
-        for (int64_t begin = row[i]; begin < row[i + 1]; begin += CHUNK) {
-            const int64_t end = std::min(begin + CHUNK, row[i + 1]);
-            int64_t n = 0;
-            for (int64_t e = begin; e < end; ++e) once[n] = e, n += other[e] >= i;
-            for (int64_t k = 0; k < n; ++k) least = std::min(least, squared(i, once[k]));
+        for (int64_t e = row[i]; e < row[i + 1]; ++e) {
+            const int32_t* turn = shift + 3 * e;
+            const uint32_t a = turn[0] + 1, b = turn[1] + 1, c = turn[2] + 1;
+            const bool near = (a < 3) & (b < 3) & (c < 3);
+            double squared = 0;
+            for (int k = 0; k < 3; ++k) {
+                const double direct = double(positions[3 * other[e] + k]) - double(positions[3 * i + k]);
+                const double d = direct + (near ? moves[9 * a + 3 * b + c][k] : move(turn, k));
+                squared += d * d;
+            }
+            least = squared < least ? squared : least;
         }
     }
     return std::sqrt(least);
