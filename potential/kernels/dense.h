@@ -5,18 +5,11 @@
 // internal linkage, as in simd.h.
 #pragma once
 #include "aev.h"
-#include "product.h"
-#include "simd.h"
 #include "tiles.h"
 
 #include <initializer_list>
 
 namespace {
-
-// Outputs and vectors of lanes that share loads: as many as there are registers for. Few inputs stay in the L1 cache,
-// where square tiles are best; of many inputs tall tiles read less.
-constexpr int OUTPUTS = 4, VECTORS = BYTES == 64 ? 4 : 2;
-constexpr int TALL_OUTPUTS = BYTES == 64 ? 12 : 6, TALL_VECTORS = 2;
 
 // Of the packed weights of n_layers layers.
 template <class T> size_t packed_bytes(const int64_t* widths, int64_t n_layers) {
@@ -37,19 +30,21 @@ template <class T> struct Dense {
     using Tiles = ::Tiles<T>;
 
     static void multiply(int n_out, const Product& p) {
-        int o = Tiles::multiply(n_out, p);
-        if (p.n_in > BLOCK) {
-            for (; o + TALL_OUTPUTS <= n_out; o += TALL_OUTPUTS) row_of_tiles<TALL_OUTPUTS, TALL_VECTORS>(p, o);
-        }
-        for (; o + OUTPUTS <= n_out; o += OUTPUTS) row_of_tiles<OUTPUTS, VECTORS>(p, o);
-        for (; o < n_out; ++o) row_of_tiles<1, VECTORS>(p, o);
+        const int first = Tiles::multiply(n_out, p);
+        if (first == n_out) return;
+        for_vectors<W>(0, p.n_lanes, [&](auto vectors, int t) {
+            constexpr int C = vectors.value;
+            halving<SUMS / C>(first, n_out, [&](auto outputs, int o) { tile<outputs.value, C>(p, o, t); });
+        });
     }
 
     static void add_outer(int n_out, const Outer& p, const Run& inputs) {
-        int o = Tiles::add_outer(n_out, p, inputs);
-        for (; o + TALL_OUTPUTS <= n_out; o += TALL_OUTPUTS) row_of_outers<TALL_OUTPUTS>(p, o, inputs);
-        for (; o + OUTPUTS <= n_out; o += OUTPUTS) row_of_outers<OUTPUTS>(p, o, inputs);
-        for (; o < n_out; ++o) row_of_outers<1>(p, o, inputs);
+        const int first = Tiles::add_outer(n_out, p, inputs);
+        halving<SUMS / 2>(first, n_out, [&](auto outputs, int o) {  // tall tiles: atoms' inputs do not stay in the L1 cache
+            for_vectors<W, 2>(inputs.begin, inputs.end, [&](auto vectors, int t) {
+                outer<outputs.value, vectors.value>(p, o, t);
+            });
+        });
     }
 
     // The parts of rows of atoms that are not all zero in all arrays (n_rows, n_in); `runs` has room for all of them.
@@ -124,59 +119,45 @@ template <class T> struct Dense {
     }
 
 private:
-    template <int R, int C> static INLINE void tile(const Product& p, int first, int t) {
+    template <int R, int C> static void tile(const Product& p, int first, int t) {
         const T* w = p.w + first * p.step_out;
         T* out = p.out + first * BLOCK + t;
         V sum[R][C];
-        for (int q = 0; q < R; ++q)
-            for (int v = 0; v < C; ++v)
-                sum[q][v] = p.add ? S::load(out + q * BLOCK + v * W) : S::all(p.start ? p.start[first + q] : T(0));
+        repeat<R>([&](auto q) {
+            const V start = S::all(p.start ? p.start[first + q] : T(0));
+            repeat<C>([&](auto v) { sum[q][v] = p.add ? S::load(out + q * BLOCK + v * W) : start; });
+        });
         const Run all[] = {{0, p.n_in}};
         for (const Run& run : p.runs ? *p.runs : Runs{all, 1}) {
             for (int i = run.begin; i < run.end; ++i) {
                 V x[C];
-                for (int v = 0; v < C; ++v) x[v] = S::load(p.in + i * BLOCK + t + v * W);
-                for (int q = 0; q < R; ++q) {
+                repeat<C>([&](auto v) { x[v] = S::load(p.in + i * BLOCK + t + v * W); });
+                repeat<R>([&](auto q) {
                     const T factor = w[q * p.step_out + i * p.step_in];
-                    for (int v = 0; v < C; ++v) sum[q][v] += x[v] * factor;
-                }
+                    repeat<C>([&](auto v) { sum[q][v] += x[v] * factor; });
+                });
             }
         }
-        for (int q = 0; q < R; ++q)
-            for (int v = 0; v < C; ++v) S::store(out + q * BLOCK + v * W, sum[q][v]);
+        repeat<R>([&](auto q) { repeat<C>([&](auto v) { S::store(out + q * BLOCK + v * W, sum[q][v]); }); });
     }
 
-    template <int R, int C> static INLINE void outer(const Outer& p, int first, int t) {
-        T* out = p.out + int64_t(first) * p.row_length + t;
+    template <int R, int C> static void outer(const Outer& p, int first, int t) {
+        const int64_t length = p.row_length;
+        T* out = p.out + first * length + t;
         V sum[R][C];
-        for (int q = 0; q < R; ++q)
-            for (int v = 0; v < C; ++v) sum[q][v] = S::load(out + q * p.row_length + v * W);
+        repeat<R>([&](auto q) { repeat<C>([&](auto v) { sum[q][v] = S::load(out + q * length + v * W); }); });
         for (int which = 0; which < 2; ++which) {
-            const T* left = p.left[which] + first * BLOCK;
-            for (int r = 0; r < p.n_rows; ++r) {
+            const T *left = p.left[which] + first * BLOCK, *row = p.rows[which] + t;
+            for (int r = 0; r < p.n_rows; ++r, row += length) {
                 V x[C];
-                for (int v = 0; v < C; ++v) x[v] = S::load(p.rows[which] + r * p.row_length + t + v * W);
-                for (int q = 0; q < R; ++q) {
+                repeat<C>([&](auto v) { x[v] = S::load(row + v * W); });
+                repeat<R>([&](auto q) {
                     const T factor = left[q * BLOCK + r];
-                    for (int v = 0; v < C; ++v) sum[q][v] += x[v] * factor;
-                }
+                    repeat<C>([&](auto v) { sum[q][v] += x[v] * factor; });
+                });
             }
         }
-        for (int q = 0; q < R; ++q)
-            for (int v = 0; v < C; ++v) S::store(out + q * p.row_length + v * W, sum[q][v]);
-    }
-
-    template <int R> static void row_of_outers(const Outer& p, int first, const Run& inputs) {
-        int t = inputs.begin;
-        for (; t + TALL_VECTORS * W <= inputs.end; t += TALL_VECTORS * W) outer<R, TALL_VECTORS>(p, first, t);
-        for (; t < inputs.end; t += W) outer<R, 1>(p, first, t);
-    }
-
-    template <int R, int C> static void row_of_tiles(const Product& p, int first) {
-        int t = 0;
-        for (; t + C * W <= p.n_lanes; t += C * W) tile<R, C>(p, first, t);
-        if (C > 2 && t + 2 * W <= p.n_lanes) tile<R, 2>(p, first, t), t += 2 * W;
-        for (; t < p.n_lanes; t += W) tile<R, 1>(p, first, t);
+        repeat<R>([&](auto q) { repeat<C>([&](auto v) { S::store(out + q * length + v * W, sum[q][v]); }); });
     }
 };
 

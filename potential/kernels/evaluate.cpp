@@ -19,7 +19,7 @@
 
 namespace {
 
-constexpr int64_t ATOMS_PER_UNIT = 128, MOST_UNITS = 16, ATOMS_PER_TASK = 2048;
+constexpr int64_t ATOMS_PER_UNIT = 128, MOST_UNITS = 16, ATOMS_PER_TASK = 8192;
 
 struct EvaluateJob {
     const AevShape* shape;
@@ -68,7 +68,8 @@ public:
 
     void run(int n_threads) {
         std::vector<int64_t> tasks = {0};             // units tasks[i] .. tasks[i + 1]
-        const int64_t atoms_per_task = std::clamp<int64_t>(job.n_atoms / (4 * n_threads), 64, ATOMS_PER_TASK);
+        const int64_t n_shares = n_threads > 1 ? 4 * n_threads : 1;  // more than threads, so that they end together
+        const int64_t atoms_per_task = std::clamp<int64_t>(job.n_atoms / n_shares, 64, ATOMS_PER_TASK);
         int64_t n_atoms = 0;
         for (size_t u = 0; u < units.size(); ++u) {
             n_atoms += units[u].unit.high - units[u].unit.low;

@@ -110,7 +110,7 @@ template <class T> void Networks<T>::backpropagate(int member) {
                           room};
     for (const Run& run : job.filled_only ? filled : Runs{all, 1}) {
         p.w = weight(0, member) + run.begin, p.out = total + run.begin * BLOCK;
-        p.packed = back_from(0, member, run.begin), p.turned = p.packed.strips;
+        p.packed = back_from(0, member, run.begin), p.turned = Tiles::TURNS && p.packed.strips;
         D::multiply(run.end - run.begin, p);
         p.prepared = true;
     }
@@ -136,8 +136,7 @@ template <class T> void Networks<T>::run(int64_t first) {
         if (job.mean && m + 1 < job.n_members) continue;
         T* row = job.mean ? gradient : gradient + m * job.n_atoms * length;
         for (int r = 0; r < n_rows; ++r) to[r] = row + atoms[r] * length;
-        D::from_lanes(length, n_rows, total, job.mean ? T(1) / T(job.n_members) : T(1), to,
-                      packed(0, m) != nullptr);
+        D::from_lanes(length, n_rows, total, job.mean ? T(1) / T(job.n_members) : T(1), to, Tiles::TURNS && packed(0, m));
     }
 }
 

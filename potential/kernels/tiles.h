@@ -9,24 +9,14 @@
 // What is summed over comes DEPTH numbers at a time: a step. The digits of SIDE x DEPTH numbers are a panel of three tiles.
 // Weights are packed into panels once (pack), activations for each product (or less often: Product.prepared).
 #pragma once
-#include "product.h"
-#include "simd.h"
+#include "panels.h"
 
 #include <utility>
 
 namespace {
 
-// Without tiles nothing is done by them.
-template <class T> struct Tiles {
-    struct Configured { Configured() {} };
-    static size_t packed_bytes(int, int) { return 0; }
-    static void pack(int, int, const T*, int, const T*, char*) {}
-    static Packed forth(int, const char*) { return {}; }
-    static Packed back(int, int, const char*, int) { return {}; }
-    static size_t room_bytes(int) { return 0; }
-    static int multiply(int, const Product<T>&) { return 0; }
-    static int add_outer(int, const Outer<T>&, const Run&) { return 0; }
-};
+// Where there are no tiles vectors serve.
+template <class T> struct Tiles : Panels<T> {};
 
 #if defined(__AMX_INT8__)
 
@@ -38,6 +28,8 @@ template <> class Tiles<float> {
     static constexpr int ROW = TILE / SIDE, UNITS = 64;  // bytes
 
 public:
+    static constexpr bool TURNS = true;
+
     // While it lives, this thread's registers for tiles have the shape that is used here.
     class Configured {
         struct alignas(64) Shapes { uint8_t palette, start, reserved[14]; uint16_t row_bytes[16]; uint8_t rows[16]; };

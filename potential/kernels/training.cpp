@@ -168,12 +168,12 @@ template <class T> void Layers<T>::forward_block(int64_t first) {
     typename D::Product p{width(1), nullptr, 1, length, above, nullptr, nullptr, false, n_lanes, {}, room};
     for (const Run& run : filled) {                   // what is zero stays zero: no atom of the block moves it
         p.w = weight(0) + run.begin, p.out = input + run.begin * BLOCK;
-        p.packed = back_from(0, run.begin), p.turned = p.packed.strips;
+        p.packed = back_from(0, run.begin), p.turned = Tiles::TURNS && p.packed.strips;
         D::multiply(run.end - run.begin, p);
         p.prepared = true;
     }
     block_rows(own(job.g, length), first, length, to);
-    D::from_lanes(length, n_rows, input, 1, to, packed(0) != nullptr);
+    D::from_lanes(length, n_rows, input, 1, to, Tiles::TURNS && packed(0));
 }
 
 template <class T> void Layers<T>::gradient() {
@@ -294,6 +294,7 @@ template <class T> class Response {
     using S = Simd<T>;
     using V = typename S::V;
     static constexpr int W = S::W, MEMBERS = BYTES == 64 ? 4 : 2;
+    static constexpr int AHEAD = 4096 / sizeof(T);    // a page: beyond one processors do not foresee
 
     const ResponseJob& job;
     const KeptJacobian& jacobian;
@@ -340,6 +341,7 @@ private:
         for (int k = 0; k < M; ++k) in[k] = g + (m + k) * step();
         for_each_block(row,
             [&](const T* values, int64_t at) {
+                for (int i = 0; i < 3 * KEPT_WIDTH; i += 64 / sizeof(T)) __builtin_prefetch(values + AHEAD + i);
                 for (int c = 0; c < KEPT_WIDTH; c += W) {
                     V x[M];
                     for (int k = 0; k < M; ++k) x[k] = S::load(in[k] + at + c);
