@@ -18,6 +18,7 @@ from benchmarks.cases import AL_NEIGHBOURS, AL_TRIPLES, aluminium, crystal
 from benchmarks.harness import Row, Times, interleave, publish, ratio_row, settle
 from benchmarks.machine import Machine
 from benchmarks.torchani_peer import deviation, half_list, torchani_model
+from potential import kernels
 from potential.neighbours import find_neighbours
 from potential.structures import Structures
 
@@ -39,11 +40,11 @@ def without_compiler(task: Callable[[], Any]) -> Callable[[], Any]:
     """The task on the plain PyTorch kernels."""
 
     def run() -> Any:
-        os.environ["SMELT_KERNELS"] = "reference"
+        before, kernels.FORCED = kernels.FORCED, "reference"
         try:
             return task()
         finally:
-            del os.environ["SMELT_KERNELS"]
+            kernels.FORCED = before
 
     return run
 

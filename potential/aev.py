@@ -13,8 +13,9 @@ Layout: radial by species of the neighbour, then angular by pair of species; wit
 from __future__ import annotations
 
 import bisect
+import functools
 import math
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import numpy as np
 
@@ -62,6 +63,14 @@ class AEVParameters:
             n_species=n_species,
         )
 
+    def __hash__(self) -> int:
+        return self._hash
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        """Of all fields, which takes longer than to find what is kept for them."""
+        return hash(astuple(self))
+
     @property
     def n_radial(self) -> int:
         """Radial functions of all species together; the angular part starts here."""
@@ -78,7 +87,7 @@ class AEVParameters:
 
     @property
     def length(self) -> int:
-        return self.n_radial + len(self.species_pairs) * self.n_per_pair
+        return self.n_radial + self.n_species * (self.n_species + 1) // 2 * self.n_per_pair
 
 
 def _shifts(first_A: float, cutoff_A: float, n: int) -> tuple[float, ...]:

@@ -165,7 +165,6 @@ class Committee(torch.nn.Module):
         parts = [network(rows) for network, rows in self._by_element(aev, species)]
         return self._in_order(parts, species)
 
-    @torch.no_grad()
     def evaluate(
         self,
         structures: Structures,
@@ -184,12 +183,11 @@ class Committee(torch.nn.Module):
         # Without the members' forces one gradient will do, that of the mean energy.
         n_gradients = self.n_members if forces == "members" else int(forces == "mean" or stress)
         pairs = neighbours.row, neighbours.other, neighbours.shift
-        energies, by_atom, stresses = evaluate(
+        energies, by_atom, stresses, spread_of_forces = evaluate(
             structures, *pairs, self.aev, self.stacks, self.self_energies, CELU_ALPHA, n_gradients, stress
         )
-        stresses = None if stresses is None else stresses.to(by_atom.dtype)
         if forces == "members":
-            mean, deviation = spread(by_atom)
+            mean, deviation = spread_of_forces or spread(by_atom)
             stress_mean = None if stresses is None else stresses.mean(0)
             return Evaluation(structures.n_atoms, energies, mean, by_atom, stress_mean, stresses, deviation)
         return Evaluation(

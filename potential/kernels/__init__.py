@@ -17,6 +17,7 @@ import torch
 
 from potential.aev import AEVParameters
 from potential.kernels import reference
+from potential.kernels.blocks import Found
 from potential.kernels.kept import Blocks
 from potential.kernels.layers import Inputs, Layout, difference, tally
 from potential.kernels.motion import Moving
@@ -57,6 +58,7 @@ __all__ = [
 ]
 
 Kept = torch.Tensor | Blocks  # a Jacobian
+FORCED = os.environ.get("SMELT_KERNELS", "")
 
 
 def find_pairs(
@@ -176,15 +178,15 @@ def evaluate(
     celu_alpha: float,
     n_gradients: int,
     stress: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Energies (M, B), eV, float64; forces (G, N, 3), eV/A; stress (G, B, 3, 3), eV/A^3, float64, or None.
+) -> Found:
+    """Energies (M, B), eV, float64; forces (G, N, 3), eV/A; stress (G, B, 3, 3), eV/A^3, or None; spread of forces.
 
     stacks: one per element. self_energies: (n_elements,), eV, float64. n_gradients, G: the number of members, 1 for the
-    mean of theirs, or 0. Pairs beyond the cutoffs may be in the list. Forces are in the dtype of the networks. Stress
-    is symmetric, and not a number where the cell has no volume.
+    mean of theirs, or 0. Pairs beyond the cutoffs may be in the list. Forces and stress are in the dtype of the
+    networks. Stress is symmetric, and not a number where the cell has no volume. Spread: as `spread` of the forces,
+    None for fewer than two gradients.
     """
-    found: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
-    found = _kernels(structures.positions).evaluate(
+    found: Found = _kernels(structures.positions).evaluate(
         structures, row, other, shift, p, stacks, self_energies, celu_alpha, n_gradients, stress
     )
     return found
@@ -310,17 +312,16 @@ def implementation(vec: torch.Tensor) -> str:
 
 
 def _kernels(vec: torch.Tensor) -> ModuleType:
-    forced = os.environ.get("SMELT_KERNELS", "")
-    if forced not in ("", "reference", "native", "gpu"):
-        raise ValueError(f"SMELT_KERNELS = {forced!r}: must be reference, native or gpu")
-    if forced == "gpu" or (forced == "" and vec.device.type == "cuda"):
+    if FORCED not in ("", "reference", "native", "gpu"):
+        raise ValueError(f"SMELT_KERNELS = {FORCED!r}: must be reference, native or gpu")
+    if FORCED == "gpu" or (FORCED == "" and vec.is_cuda):
         return _gpu() or reference
-    if forced == "reference" or vec.device.type != "cpu":
+    if FORCED == "reference" or not vec.is_cpu:
         return reference
     native = _native()
     if native is not None:
         return native
-    if forced == "native":
+    if FORCED == "native":
         raise RuntimeError("SMELT_KERNELS = native: the C++ kernels are not built; reinstall smelt with a compiler")
     return reference
 

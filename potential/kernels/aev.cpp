@@ -195,11 +195,12 @@ private:
         return {low > 0 ? low < n ? int(low) : n : 0, high >= 0 ? high < n ? int(high) + 1 : n : 0};
     }
 
-    // Angular shifts within reach of any of n pairs from t on.
-    INLINE Span span_of(int t, int n) const {
-        Span all = angular_spans[t / W];
-        for (int v = t / W + 1; v <= (t + n - 1) / W; ++v) {
-            const Span& other = angular_spans[v];
+    // Angular shifts within reach of any pair of C vectors from t on.
+    template <int C> INLINE Span span_of(int t) const {
+        const int last = (t + C * W - 1) / W;
+        Span all = angular_spans[last];
+        for (int v = 0; v < C; ++v) {
+            const Span& other = angular_spans[t / W + v];
             all = {other.begin < all.begin ? other.begin : all.begin, other.end > all.end ? other.end : all.end};
         }
         return all;
@@ -575,7 +576,7 @@ template <class T> void Worker<T>::contract(const Range& range) {
 }
 
 template <class T> template <int C> INLINE void Worker<T>::contract_at(int t) {
-    const Span span = n_items > 1 ? span_of(t, C * W) : Span{0, n_a};
+    const Span span = n_items > 1 ? span_of<C>(t) : Span{0, n_a};
     for (int m = 0; m < n_items; ++m) contract_at<C>(t, m, span);
 }
 

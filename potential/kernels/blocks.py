@@ -19,12 +19,16 @@ from potential.structures import Structures
 if TYPE_CHECKING:
     from potential.kernels.reference import Stack
 
-__all__ = ["evaluate"]
+__all__ = ["Found", "evaluate"]
+
+Spread = tuple[torch.Tensor, torch.Tensor]
+Found = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, Spread | None]
 
 BLOCK_BYTES = 2**32  # enough to keep a GPU busy, little beside its memory
 BLOCK_BYTES_CPU = 2**25  # about a cache
 
 
+@torch.no_grad()
 def evaluate(
     kernels: ModuleType,
     structures: Structures,
@@ -37,7 +41,7 @@ def evaluate(
     celu_alpha: float,
     n_gradients: int,
     stress: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+) -> Found:
     """As potential.kernels.evaluate, block by block, with the AEVs, networks and pair sums of `kernels`."""
     n_members, dtype = len(stacks[0].weights[0]), stacks[0].weights[0].dtype
     vec = kernels.pair_vectors(structures, row, other, shift, dtype)
@@ -68,11 +72,13 @@ def evaluate(
             if stress:
                 of_block = environments[0], environments[1], structures.frame_of_atom[low:high]
                 virial += kernels.pair_virials(pull, *of_block, structures.n_frames)
+    spread = kernels.spread(forces) if n_gradients > 1 else None
     if not (n_gradients and stress):
-        return energies, forces, None
+        return energies, forces, None, spread
     volume = structures.volume.double()
     symmetric = virial[..., [[0, 5, 4], [5, 1, 3], [4, 3, 2]]]
-    return energies, forces, symmetric / torch.where(volume > 0, volume, torch.nan)[:, None, None]
+    by_volume = symmetric / torch.where(volume > 0, volume, torch.nan)[:, None, None]
+    return energies, forces, by_volume.to(dtype), spread
 
 
 def _bytes_per_atom(row: torch.Tensor, other: torch.Tensor, stacks: Sequence[Stack], n_gradients: int) -> float:

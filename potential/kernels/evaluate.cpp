@@ -21,6 +21,26 @@ namespace {
 
 constexpr int64_t ATOMS_PER_UNIT = 128, MOST_UNITS = 16, ATOMS_PER_TASK = 8192;
 
+// Mean and population standard deviation over members (n_members, n).
+template <class T> void spread(int64_t n_members, int64_t n, const T* members, T* mean, T* deviation) {
+    constexpr int64_t CHUNK = 256;
+    double sum[CHUNK], squares[CHUNK];
+    for (int64_t first = 0; first < n; first += CHUNK) {
+        const int64_t size = std::min(CHUNK, n - first);
+        std::fill(sum, sum + size, 0.0), std::fill(squares, squares + size, 0.0);
+        for (int64_t m = 0; m < n_members; ++m)
+            for (int64_t x = 0; x < size; ++x) sum[x] += double(members[m * n + first + x]);
+        for (int64_t x = 0; x < size; ++x) sum[x] /= double(n_members), mean[first + x] = T(sum[x]);
+        for (int64_t m = 0; m < n_members; ++m) {
+            for (int64_t x = 0; x < size; ++x) {
+                const double off = double(members[m * n + first + x]) - sum[x];
+                squares[x] += off * off;
+            }
+        }
+        for (int64_t x = 0; x < size; ++x) deviation[first + x] = T(std::sqrt(squares[x] / double(n_members)));
+    }
+}
+
 struct EvaluateJob {
     const AevShape* shape;
     PairList list;
@@ -30,7 +50,8 @@ struct EvaluateJob {
     const double* self_energies;                      // per element
     double* energy;                                   // (n_members, n_frames)
     void* forces;                                     // (n_items, n_atoms, 3)
-    double* stress;                                   // (n_items, n_frames, 3, 3), or null
+    void* stress;                                     // (n_items, n_frames, 3, 3), or null
+    void *mean, *deviation;                           // (n_atoms, 3), of the forces over items, or null
 };
 
 struct Buffer {
@@ -87,6 +108,10 @@ public:
             }
         });
         for (int64_t f = 0, u = 0; f < job.n_frames; ++f) u = add_up(f, u);
+        if (job.mean) {
+            spread(job.n_items, 3 * job.n_atoms, static_cast<const T*>(job.forces), static_cast<T*>(job.mean),
+                   static_cast<T*>(job.deviation));
+        }
     }
 
 private:
@@ -216,33 +241,13 @@ private:
         const double *a = job.list.cells + 9 * frame, *b = a + 3, *c = a + 6;
         const double volume = std::abs(a[0] * (b[1] * c[2] - b[2] * c[1]) + a[1] * (b[2] * c[0] - b[0] * c[2]) +
                                        a[2] * (b[0] * c[1] - b[1] * c[0]));
-        double* out = job.stress + 9 * (item * job.n_frames + frame);
+        T* out = static_cast<T*>(job.stress) + 9 * (item * job.n_frames + frame);
         for (int k = 0; k < 9; ++k) {
             const double mean = (virial[k] + virial[k % 3 * 3 + k / 3]) / 2;
-            out[k] = volume > 0 ? mean / volume : std::numeric_limits<double>::quiet_NaN();
+            out[k] = T(volume > 0 ? mean / volume : std::numeric_limits<double>::quiet_NaN());
         }
     }
 };
-
-// Mean and population standard deviation over members (n_members, n).
-template <class T> void spread(int64_t n_members, int64_t n, const T* members, T* mean, T* deviation) {
-    constexpr int64_t CHUNK = 256;
-    double sum[CHUNK], squares[CHUNK];
-    for (int64_t first = 0; first < n; first += CHUNK) {
-        const int64_t size = std::min(CHUNK, n - first);
-        std::fill(sum, sum + size, 0.0), std::fill(squares, squares + size, 0.0);
-        for (int64_t m = 0; m < n_members; ++m)
-            for (int64_t x = 0; x < size; ++x) sum[x] += double(members[m * n + first + x]);
-        for (int64_t x = 0; x < size; ++x) sum[x] /= double(n_members), mean[first + x] = T(sum[x]);
-        for (int64_t m = 0; m < n_members; ++m) {
-            for (int64_t x = 0; x < size; ++x) {
-                const double off = double(members[m * n + first + x]) - sum[x];
-                squares[x] += off * off;
-            }
-        }
-        for (int64_t x = 0; x < size; ++x) deviation[first + x] = T(std::sqrt(squares[x] / double(n_members)));
-    }
-}
 
 }  // namespace
 

@@ -32,6 +32,7 @@ __all__ = [
 
 LIBRARY = Path(__file__).with_name(f"_aev{sysconfig.get_config_var('EXT_SUFFIX')}")
 LEVELS = ("plain", "avx2", "avx512", "amx")
+FORCED = os.environ.get("SMELT_SIMD", "")
 
 
 class AevPower(ctypes.Structure):
@@ -58,7 +59,6 @@ class AevShape(ctypes.Structure):
 class Networks(ctypes.Structure):
     """NetworksJob of networks.h."""
 
-    holds: object = None  # what `packed` points to
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("n_members", "n_layers", "n_rows", "n_atoms")),
         ("widths", ctypes.POINTER(ctypes.c_int64)),
@@ -82,7 +82,7 @@ class Evaluate(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("n_atoms", "n_frames", "n_items")),
         ("first", ctypes.c_void_p),
         ("networks", ctypes.POINTER(Networks)),
-        *((name, ctypes.c_void_p) for name in ("self_energies", "energy", "forces", "stress")),
+        *((name, ctypes.c_void_p) for name in ("self_energies", "energy", "forces", "stress", "mean", "deviation")),
     )
 
 
@@ -167,12 +167,12 @@ def available() -> bool:
 
 def level() -> int:
     """The instruction set to use, as a position in LEVELS."""
-    best, forced = best_level(), os.environ.get("SMELT_SIMD", "")
-    if not forced:
+    best = best_level()
+    if not FORCED:
         return best
-    if forced not in LEVELS[: best + 1]:
-        raise ValueError(f"SMELT_SIMD = {forced!r}: this processor has {', '.join(LEVELS[: best + 1])}")
-    return LEVELS.index(forced)
+    if FORCED not in LEVELS[: best + 1]:
+        raise ValueError(f"SMELT_SIMD = {FORCED!r}: this processor has {', '.join(LEVELS[: best + 1])}")
+    return LEVELS.index(FORCED)
 
 
 @functools.cache

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from potential.aev import AEVParameters
 from potential.kernels import reference
 from potential.kernels.bins import FLAT_CELL, NOT_FINITE
+from potential.kernels.blocks import Found
 from potential.kernels.kept import Blocks
 from potential.kernels.kept import cut as keep
 from potential.kernels.layers import N_ERRORS, Inputs, Layout
@@ -65,34 +66,20 @@ __all__ = [
     "spread",
 ]
 
-DESCRIBED: weakref.WeakKeyDictionary[Stack, Described] = weakref.WeakKeyDictionary()
-PACKED: weakref.WeakKeyDictionary[Stack, Packed] = weakref.WeakKeyDictionary()
+KNOWN: weakref.WeakKeyDictionary[Stack, Known] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
-class Described:
-    """What the kernel has to know of a stack, and what of it was looked at."""
+class Known:
+    """What the kernel has to know of a stack, and what of it was looked at.
+
+    The weights are kept, so that no others can take their place in memory, and so are those that were packed.
+    """
 
     seen: tuple[object, ...]
     job: Networks
-    packed_bytes: int
-
-
-@dataclass(frozen=True)
-class Packed:
-    """Weights as tiles want them. The weights themselves are kept, so that no others can take their place in memory."""
-
     weights: Sequence[torch.Tensor]
-    versions: Sequence[int | None]
-    numbers: torch.Tensor
-
-    def is_still_of(self, weights: Sequence[torch.Tensor]) -> bool:
-        """Whether these are the same weights, not written to since, as far as PyTorch counts."""
-        known = zip(weights, self.weights, self.versions, strict=True)
-        return all(
-            weight.data_ptr() == own.data_ptr() and version is not None and _count_writes(own) == version
-            for weight, own, version in known
-        )
+    packed: torch.Tensor | None
 
 
 @dataclass(frozen=True)
@@ -293,37 +280,44 @@ def evaluate(
     celu_alpha: float,
     n_gradients: int,
     stress: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Energies (M, B), float64; forces (G, N, 3); stress (G, B, 3, 3), float64, or None."""
+) -> Found:
+    """As potential.kernels.evaluate, in one call."""
     dtype, n_members = stacks[0].weights[0].dtype, stacks[0].weights[0].shape[0]
-    n_atoms, n_frames = structures.positions.shape[0], structures.n_frames
     positions, cells = structures.positions.double().contiguous(), structures.cell.double().contiguous()
+    n_atoms, n_frames = positions.shape[0], cells.shape[0]
     energy = positions.new_empty(n_members, n_frames)
     forces = positions.new_empty(n_gradients, n_atoms, 3, dtype=dtype)
-    stresses = positions.new_empty(n_gradients, n_frames, 3, 3) if stress else None
+    stresses = forces.new_empty(n_gradients, n_frames, 3, 3) if stress else None
+    spread = (forces.new_empty(n_atoms, 3), forces.new_empty(n_atoms, 3)) if n_gradients > 1 else None
     self_energies = self_energies.double().contiguous()
     _check("row", row, (n_atoms + 1,))
     _check("shift", shift, (other.shape[0], 3))
     instructions = level()
-    networks = [_networks(stack, p.length, dtype, celu_alpha, instructions) for stack in stacks]
-    held = [each.holds for each in networks]  # should another thread pack other weights meanwhile
+    known = [_known(stack, p.length, dtype, celu_alpha, instructions) for stack in stacks]  # kept until all is done
     job = Evaluate(
         ctypes.pointer(_shape(p)),
-        *(t.data_ptr() for t in (row, other, shift, structures.frame_of_atom, structures.species, positions, cells)),
+        row.data_ptr(),
+        other.data_ptr(),
+        shift.data_ptr(),
+        structures.frame_of_atom.data_ptr(),
+        structures.species.data_ptr(),
+        positions.data_ptr(),
+        cells.data_ptr(),
         n_atoms,
         n_frames,
         n_gradients,
         structures.first_atom.data_ptr(),
-        (Networks * len(stacks))(*networks),
+        (Networks * len(stacks))(*[each.job for each in known]),
         self_energies.data_ptr(),
         energy.data_ptr(),
         forces.data_ptr(),
         None if stresses is None else stresses.data_ptr(),
+        *(each.data_ptr() for each in spread or ()),
     )
-    if library().smelt_evaluate(instructions, _is_double(forces), torch.get_num_threads(), ctypes.byref(job)):
+    is_double = dtype == torch.float64
+    if library().smelt_evaluate(instructions, is_double, torch.get_num_threads(), ctypes.byref(job)):
         raise MemoryError(f"no memory to evaluate {n_atoms} atoms, {n_members} members")
-    del held
-    return energy, forces, stresses
+    return energy, forces, stresses, spread
 
 
 def spread(members: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -358,9 +352,8 @@ def networks(
         raise ValueError(f"networks: all tensors must be contiguous and {aev.dtype}, as aev is")
     atoms = atoms.long().contiguous()
     instructions = level()
-    described = _networks(stack, length, aev.dtype, celu_alpha, instructions)  # which keeps what the copy points to
-    job = Networks.from_buffer_copy(described)
-    job.holds = described.holds
+    known = _known(stack, length, aev.dtype, celu_alpha, instructions)  # which keeps what the copy points to
+    job = Networks.from_buffer_copy(known.job)
     job.n_rows, job.n_atoms, job.mean = atoms.shape[0], n_atoms, n_gradients == 1
     job.atoms, job.aev, job.energies = atoms.data_ptr(), aev.data_ptr(), energies.data_ptr()
     job.gradient = gradient.data_ptr() if n_gradients else None
@@ -368,18 +361,27 @@ def networks(
         raise MemoryError(f"no memory for the networks: {atoms.shape[0]} atoms, {n_members} members")
 
 
-def _networks(stack: Stack, length: int, dtype: torch.dtype, celu_alpha: float, instructions: int) -> Networks:
-    """What the kernel has to know of the networks of one element, without the atoms: to be copied, not changed."""
-    seen = length, dtype, celu_alpha, instructions, *(t.data_ptr() for t in (*stack.weights, *stack.biases))
-    known = DESCRIBED.get(stack)
+def _known(stack: Stack, length: int, dtype: torch.dtype, celu_alpha: float, instructions: int) -> Known:
+    """What the kernel has to know of the networks of one element, without the atoms.
+
+    They are looked at when they are first seen, and again when weights have been written to, as far as PyTorch counts.
+    """
+    tensors = *stack.weights, *stack.biases
+    seen = (
+        length,
+        dtype,
+        celu_alpha,
+        instructions,
+        *[tensor.data_ptr() for tensor in tensors],
+        # Where PyTorch does not count what is written, there is what equals no other.
+        *[object() if weight.is_inference() else weight._version for weight in stack.weights],
+    )
+    known = KNOWN.get(stack)
     if known is None or known.seen != seen:
         job = _describe(stack, length, dtype, celu_alpha)
-        n_bytes = library().smelt_packed_bytes(instructions, dtype == torch.float64, ctypes.byref(job))
-        known = DESCRIBED[stack] = Described(seen, job, n_bytes)
-    if known.packed_bytes:
-        known.job.holds = _packed(stack, known, instructions)
-        known.job.packed = known.job.holds.numbers.data_ptr()
-    return known.job
+        weights = [weight.detach() for weight in stack.weights]
+        known = KNOWN[stack] = Known(seen, job, weights, _pack(job, dtype, instructions))
+    return known
 
 
 def _describe(stack: Stack, length: int, dtype: torch.dtype, celu_alpha: float) -> Networks:
@@ -405,22 +407,17 @@ def _describe(stack: Stack, length: int, dtype: torch.dtype, celu_alpha: float) 
     )
 
 
-def _packed(stack: Stack, known: Described, instructions: int) -> Packed:
-    """The weights as tiles want them: packed when they are first seen, and again when they have changed."""
-    packed = PACKED.get(stack)
-    if packed is None or not packed.is_still_of(stack.weights):
-        numbers, job = torch.empty(known.packed_bytes, dtype=torch.uint8), ctypes.byref(known.job)
-        is_double = _is_double(stack.weights[0])
-        if library().smelt_pack(instructions, is_double, torch.get_num_threads(), job, numbers.data_ptr()):
-            raise MemoryError(f"no memory to pack the weights of {known.job.n_members} members")
-        weights = [weight.detach() for weight in stack.weights]
-        packed = PACKED[stack] = Packed(weights, [_count_writes(weight) for weight in weights], numbers)
+def _pack(job: Networks, dtype: torch.dtype, instructions: int) -> torch.Tensor | None:
+    """The weights as products want them, known to the job from now on; None where they want them as they are."""
+    is_double = dtype == torch.float64
+    n_bytes = library().smelt_packed_bytes(instructions, is_double, ctypes.byref(job))
+    if not n_bytes:
+        return None
+    packed = torch.empty(n_bytes, dtype=torch.uint8)
+    if library().smelt_pack(instructions, is_double, torch.get_num_threads(), ctypes.byref(job), packed.data_ptr()):
+        raise MemoryError(f"no memory to pack the weights of {job.n_members} members")
+    job.packed = packed.data_ptr()
     return packed
-
-
-def _count_writes(weight: torch.Tensor) -> int | None:
-    """How often PyTorch has seen it written to; None where it does not count."""
-    return None if weight.is_inference() else weight._version
 
 
 def forward_layers(
@@ -661,7 +658,7 @@ def _run(
 
 
 def _check(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
-    if tuple(tensor.shape) != shape or tensor.device.type != "cpu":
+    if tuple(tensor.shape) != shape or not tensor.is_cpu:
         raise ValueError(f"{name} is {tuple(tensor.shape)} on {tensor.device}: must be {shape} on the CPU")
 
 

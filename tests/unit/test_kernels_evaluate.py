@@ -42,7 +42,7 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 def simd(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if library.LEVELS.index(request.param) > library.best_level():
         pytest.skip(f"this processor has no {request.param}")
-    monkeypatch.setenv("SMELT_SIMD", request.param)
+    monkeypatch.setattr("potential.kernels.library.FORCED", request.param)
 
 
 def stacks(dtype: torch.dtype) -> list[Stack]:
@@ -72,7 +72,7 @@ def frames() -> list[Frame]:
 
 def evaluate(kernels, structures, dtype=torch.float64, n_gradients=N_MEMBERS, stress=True, skin_A=0.3):
     pairs = find_neighbours(structures, AEV.radial_cutoff_A + skin_A)
-    return kernels.evaluate(
+    *found, spread = kernels.evaluate(
         structures,
         pairs.row,
         pairs.other,
@@ -84,6 +84,7 @@ def evaluate(kernels, structures, dtype=torch.float64, n_gradients=N_MEMBERS, st
         n_gradients,
         stress,
     )
+    return *found, *(spread or ())
 
 
 @cache
@@ -104,7 +105,7 @@ def test_energies_forces_and_stress_are_those_of_the_reference(n_gradients, dtyp
     structures = Structures.from_frames(frames(), ELEMENTS)
     ours = evaluate(native, structures, dtype, n_gradients)
     truth = of_the_reference(n_gradients)
-    assert [x.dtype for x in ours] == [torch.float64, dtype, torch.float64]
+    assert [x.dtype for x in ours] == [torch.float64, *[dtype] * (4 if n_gradients > 1 else 2)]
     assert [x.shape for x in ours] == [x.shape for x in truth]
     for mine, theirs in zip(ours, truth, strict=True):
         assert gap(mine, theirs) < TOLERANCE[dtype]
@@ -147,10 +148,12 @@ def test_no_bit_depends_on_batch_mates_or_the_number_of_threads(dtype, simd):
         assert torch.equal(x.nan_to_num(), y.nan_to_num())
     first = 0
     for number, frame in enumerate(frames()):
-        energies, forces, stress = evaluate(native, Structures.from_frames([frame], ELEMENTS), dtype)
+        energies, forces, stress, *spread = evaluate(native, Structures.from_frames([frame], ELEMENTS), dtype)
         assert torch.equal(energies[:, 0], together[0][:, number])
         assert torch.equal(forces, together[1][:, first : first + frame.n_atoms])
         assert torch.equal(stress[:, 0].nan_to_num(), together[2][:, number].nan_to_num())
+        for alone, of_all in zip(spread, together[3:], strict=True):
+            assert torch.equal(alone, of_all[first : first + frame.n_atoms])
         first += frame.n_atoms
 
 

@@ -170,7 +170,8 @@ def evaluate(
     pairs = find_neighbours(structures, AEV.radial_cutoff_A + 0.3)
     networks = [Stack(*([t.to(device) for t in side] for side in (s.weights, s.biases))) for s in stacks(dtype)]
     where = structures, pairs.row, pairs.other, pairs.shift
-    return module.evaluate(*where, AEV, networks, SELF_ENERGIES, CELU_ALPHA, n_gradients, stress)
+    *found, spread = module.evaluate(*where, AEV, networks, SELF_ENERGIES, CELU_ALPHA, n_gradients, stress)
+    return *found, *(spread or ())
 
 
 @pytest.mark.parametrize(("n_gradients", "dtype"), [(N_MEMBERS, torch.float64), (1, torch.float32), (0, torch.float32)])
@@ -195,15 +196,15 @@ def test_blocks_of_few_atoms_give_the_same_as_one(module, monkeypatch):
 
 
 def test_the_gpu_s_kernels_are_chosen_when_asked_for(monkeypatch):
-    monkeypatch.setenv("SMELT_KERNELS", "gpu")
+    monkeypatch.setattr("potential.kernels.FORCED", "gpu")
     assert kernels.implementation(torch.empty(0, device=DEVICE)) == "gpu"
-    monkeypatch.setenv("SMELT_KERNELS", "cuda")
+    monkeypatch.setattr("potential.kernels.FORCED", "cuda")
     with pytest.raises(ValueError, match="must be reference, native or gpu"):
         kernels.implementation(torch.empty(0))
 
 
 def test_without_triton_plain_pytorch_takes_over_with_one_warning(monkeypatch, recwarn):
-    monkeypatch.setenv("SMELT_KERNELS", "gpu")
+    monkeypatch.setattr("potential.kernels.FORCED", "gpu")
     monkeypatch.delattr(kernels, "gpu")
     monkeypatch.setitem(sys.modules, "potential.kernels.gpu", None)
     kernels._gpu.cache_clear()
@@ -237,7 +238,7 @@ def test_an_evaluation_stays_on_its_device_and_never_waits_for_it(monkeypatch):
         networks = [Stack([like(w) for w in s.weights], [like(b) for b in s.biases]) for s in stacks(torch.float32)]
         where = there, like(pairs.row), like(pairs.other), like(pairs.shift)
         for n_gradients in (N_MEMBERS, 1, 0):
-            energies, forces, _ = gpu.evaluate(
+            energies, forces, _, _ = gpu.evaluate(
                 *where, AEV, networks, like(SELF_ENERGIES), CELU_ALPHA, n_gradients, False
             )
             assert energies.device.type == forces.device.type == device
@@ -267,7 +268,7 @@ def test_walkers_take_recorded_steps(monkeypatch):
     committee = Committee(["Al"], AEVParameters.from_settings(shape, 1), [(8, 4)], n_members=2)
     committee.reset_parameters(seed=0)
     for device, programs_of, record in ((DEVICE, "gpu", True), ("cpu", "reference", False)):
-        monkeypatch.setenv("SMELT_KERNELS", programs_of)
+        monkeypatch.setattr("potential.kernels.FORCED", programs_of)
         monkeypatch.setattr(dynamics, "worth_recording", lambda batch, record=record: record)
         moving = dynamics.Dynamics(copy.deepcopy(committee).to(device), settings)
         batch = start_batch([walker(0, fcc_frame(1), settings)], ["Al"], device)

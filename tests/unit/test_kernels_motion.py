@@ -51,7 +51,7 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         return reference
     if not native.available() or library.LEVELS.index(request.param) > library.best_level():
         pytest.skip(f"no C++ kernels for {request.param} here")
-    monkeypatch.setenv("SMELT_SIMD", request.param)
+    monkeypatch.setattr("potential.kernels.library.FORCED", request.param)
     return native
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from types import ModuleType
 from typing import Any
@@ -41,7 +44,7 @@ def simd(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     level: str = request.param
     if library.LEVELS.index(level) > library.best_level():
         pytest.skip(f"this processor has no {level}")
-    monkeypatch.setenv("SMELT_SIMD", level)
+    monkeypatch.setattr("potential.kernels.library.FORCED", level)
     return level
 
 
@@ -367,8 +370,19 @@ def test_pair_sums_and_differences_agree_with_loops(dtype: torch.dtype, n_thread
     assert torch.equal(spread, expected[:, centre] - expected[:, other])
 
 
+@pytest.mark.parametrize(("variable", "value"), [("SMELT_KERNELS", "reference"), ("SMELT_SIMD", "plain")])
+def test_kernels_and_instructions_are_chosen_by_the_environment(variable: str, value: str) -> None:
+    script = (
+        "import torch; from potential import kernels; from potential.kernels import library;"
+        "print(kernels.implementation(torch.zeros(1)), library.LEVELS[library.level()])"
+    )
+    command = [sys.executable, "-c", script]
+    run = subprocess.run(command, env=os.environ | {variable: value}, capture_output=True, text=True, check=True)
+    assert value in run.stdout.split()
+
+
 def test_an_instruction_set_this_processor_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SMELT_SIMD", "mmx")
+    monkeypatch.setattr("potential.kernels.library.FORCED", "mmx")
     vec, row, species = environments([3], SMALL)
     with pytest.raises(ValueError, match=r"SMELT_SIMD = 'mmx': this processor has plain"):
         native.aev_forward(vec, row, species, SMALL)

@@ -25,7 +25,7 @@ TOLERANCE = {torch.float64: 1e-13, torch.float32: 5e-6}
 def simd(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if library.LEVELS.index(request.param) > library.best_level():
         pytest.skip(f"this processor has no {request.param}")
-    monkeypatch.setenv("SMELT_SIMD", request.param)
+    monkeypatch.setattr("potential.kernels.library.FORCED", request.param)
 
 
 def gap(ours: Tensor, truth: Tensor) -> float:

@@ -25,7 +25,7 @@ SMALL = PotentialSettings(
 def forced_kernels(request, monkeypatch):
     if request.param == "native" and not kernels.native_available():
         pytest.skip("C++ kernels are not built")
-    monkeypatch.setenv("SMELT_KERNELS", request.param)
+    monkeypatch.setattr("potential.kernels.FORCED", request.param)
 
 
 def test_rule_gives_the_published_exponents_of_ani_al():
@@ -144,7 +144,7 @@ def test_float32_agrees_with_float64():
 
 @pytest.mark.usefixtures("forced_kernels")
 def test_blocks_do_not_change_the_answer(monkeypatch):
-    monkeypatch.setenv("SMELT_KERNELS", "reference")
+    monkeypatch.setattr("potential.kernels.FORCED", "reference")
     vec, row, species, p = example(2)
     whole = kernels.aev_forward(vec, row, species, p)
     monkeypatch.setattr("potential.kernels.reference.PAIRS_PER_BLOCK", 1)
@@ -152,6 +152,6 @@ def test_blocks_do_not_change_the_answer(monkeypatch):
 
 
 def test_unknown_kernels_are_refused(monkeypatch):
-    monkeypatch.setenv("SMELT_KERNELS", "fastest")
+    monkeypatch.setattr("potential.kernels.FORCED", "fastest")
     with pytest.raises(ValueError, match="SMELT_KERNELS = 'fastest': must be reference, native or gpu"):
         kernels.implementation(torch.zeros(1))

@@ -65,7 +65,7 @@ def check(monkeypatch):
         volume = abs(np.linalg.det(cell))
         virial = brute_force.virial(formula, numbers, positions, cell, pbc) if volume > 0 else None
         for kernels in KERNELS:
-            monkeypatch.setenv("SMELT_KERNELS", kernels)
+            monkeypatch.setattr("potential.kernels.FORCED", kernels)
             got = committee.evaluate(structures, forces="members", stress=True)
             assert np.abs(got.energy_members[:, 0].numpy() - energies).max() < 1e-6 * len(numbers)
             assert np.abs(got.forces_members.numpy() - forces).max() < 1e-5

@@ -22,7 +22,7 @@ from shards.frame import Frame
 def implementation(request, monkeypatch):
     if request.param == "native" and not kernels.native_available():
         pytest.skip("the C++ kernels are not built")
-    monkeypatch.setenv("SMELT_KERNELS", request.param)
+    monkeypatch.setattr("potential.kernels.FORCED", request.param)
 
 
 @pytest.fixture

@@ -35,7 +35,7 @@ def environments() -> tuple[Tensor, Tensor, Tensor]:
 
 @pytest.mark.parametrize("kernels", ["reference", "native"])
 def test_the_derivative_is_that_of_finite_differences(kernels, monkeypatch):
-    monkeypatch.setenv("SMELT_KERNELS", kernels)
+    monkeypatch.setattr("potential.kernels.FORCED", kernels)
     vec, row, species = environments()
     assert torch.autograd.gradcheck(lambda v: aev(v, row, species, AEV), vec, fast_mode=True)
 

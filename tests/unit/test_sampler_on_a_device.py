@@ -47,7 +47,7 @@ def neighbours(structures):
 @pytest.fixture
 def walking(monkeypatch):
     """On a device that is not there: its name, walkers, and what moves them."""
-    monkeypatch.setenv("SMELT_KERNELS", "gpu")
+    monkeypatch.setattr("potential.kernels.FORCED", "gpu")
     monkeypatch.setattr(gpu, "_launch", lambda program, grid, *arguments, **constants: None)
     settings = SamplerSettings(settle_steps=2, check_every=10)
     crystal = bulk("Al", cubic=True) * 2

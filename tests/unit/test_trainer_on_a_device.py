@@ -60,7 +60,7 @@ def settled(problem: Problem) -> Problem:
     there, whole = copy.copy(problem), np.arange(8)
     examples = problem._examples(whole)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SMELT_KERNELS", "gpu")
+        patch.setattr("potential.kernels.FORCED", "gpu")
         there._resident = Resident([(whole, examples)], int(problem.dataset.n_atoms.sum()), problem._p)
     return there
 
@@ -94,7 +94,7 @@ def test_a_step_with_the_gpu_s_programs_is_that_of_the_cpu(problem, parameters, 
     expected = gradient * share[:, None], errors
     roles = role_sums(own, parameters, VALID)
 
-    monkeypatch.setenv("SMELT_KERNELS", "gpu")
+    monkeypatch.setattr("potential.kernels.FORCED", "gpu")
     there = settled(own)
     steps = Steps(there, parameters)
     for ours, theirs in zip((steps.gradient(few), steps.errors()), expected, strict=True):
@@ -117,7 +117,7 @@ def test_more_than_a_recording_has_room_for_is_done_without_it(problem, paramete
 
 
 def test_a_step_stays_on_its_device_and_never_waits_for_it(problem, monkeypatch):
-    monkeypatch.setenv("SMELT_KERNELS", "gpu")
+    monkeypatch.setattr("potential.kernels.FORCED", "gpu")
     monkeypatch.setattr(gpu, "_launch", lambda program, grid, *arguments, **constants: None)
     there = settled(problem)
     with pretended_device() as device:
