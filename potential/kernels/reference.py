@@ -83,22 +83,25 @@ class Stack:
 
 def aev_forward(vec: torch.Tensor, row: torch.Tensor, species_other: torch.Tensor, p: AEVParameters) -> torch.Tensor:
     """(N, L). vec: (E, 3), A, sorted by centre; row: (N + 1,); species_other: (E,). Pairs beyond a cutoff add 0."""
-    return _aev((block.describe(p, bend=False) for block in _blocks(vec, row, species_other, p)), vec, row, p)
+    padded = _Padded.of(vec)
+    return _aev((block.describe(p, bend=False) for block in _blocks(padded, row, species_other, p)), vec, row, p)
 
 
 def aev_vjp(
     vec: torch.Tensor, row: torch.Tensor, species_other: torch.Tensor, cotangent: torch.Tensor, p: AEVParameters
 ) -> torch.Tensor:
     """(M, E, 3): d<cotangent_m, aev>/dvec. cotangent: (M, N, L)."""
-    return _pull_back((block.describe(p) for block in _blocks(vec, row, species_other, p)), vec, p, cotangent)
+    padded = _Padded.of(vec)
+    return _pull_back((block.describe(p) for block in _blocks(padded, row, species_other, p)), padded, p, cotangent)
 
 
 def aev_with_vjp(
     vec: torch.Tensor, row: torch.Tensor, species_other: torch.Tensor, p: AEVParameters
 ) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
     """The AEVs, and what aev_vjp makes of a cotangent. Features are kept in between."""
-    described = [block.describe(p) for block in _blocks(vec, row, species_other, p)]
-    return _aev(described, vec, row, p), functools.partial(_pull_back, described, vec, p)
+    padded = _Padded.of(vec)
+    described = [block.describe(p) for block in _blocks(padded, row, species_other, p)]
+    return _aev(described, vec, row, p), functools.partial(_pull_back, described, padded, p)
 
 
 def described_bytes(pairs_per_atom: float, p: AEVParameters, itemsize: int, n_products: int) -> float:
@@ -121,12 +124,12 @@ def _aev(described: Iterable[_Described], vec: torch.Tensor, row: torch.Tensor, 
 
 
 def _pull_back(
-    described: Iterable[_Described], vec: torch.Tensor, p: AEVParameters, cotangent: torch.Tensor
+    described: Iterable[_Described], padded: _Padded, p: AEVParameters, cotangent: torch.Tensor
 ) -> torch.Tensor:
-    n_members, n_pairs = len(cotangent), len(vec)
+    n_members = len(cotangent)
     # One row more than there are pairs takes what padding writes.
-    stretch = vec.new_zeros(n_members, n_pairs + 1)
-    turn = vec.new_zeros(n_members, n_pairs + 1, 3)
+    stretch = padded.unit.new_zeros(n_members, len(padded.unit))
+    turn = padded.unit.new_zeros(n_members, *padded.unit.shape)
     for block in described:
         weights = cotangent.index_select(1, block.atoms)
         for columns, shell, gaussians in block.shells:
@@ -137,7 +140,10 @@ def _pull_back(
             for member in range(n_members):
                 weight = weights[member, :, columns].unflatten(1, (len(p.angular_shifts), len(p.angle_shifts)))
                 wedge.pull_back(features, weight, stretch[member], turn[member])
-    return _assemble(vec, stretch[:, :-1], turn[:, :-1])
+    # Gradient by vectors from those by lengths and by directions.
+    along = (turn * padded.unit).sum(2, keepdim=True)
+    gradient = turn.addcmul_(along, padded.unit, value=-1).div_(padded.distance[:, None])
+    return gradient.addcmul_(stretch[:, :, None], padded.unit)[:, :-1]
 
 
 def aev_jvp(
@@ -146,13 +152,13 @@ def aev_jvp(
     """(M, N, L): d aev . tangent_m. tangent: (M, E, 3), change of vec."""
     n_members = len(tangent)
     out = vec.new_zeros(n_members, len(row) - 1, p.length)
-    distance = vec.norm(dim=1).clamp_(min=SHORTEST_A)
-    unit = vec / distance[:, None]
+    padded = _Padded.of(vec)
+    distance, unit = padded.distance[:-1], padded.unit[:-1]
     stretch = (tangent * unit).sum(2)
     turn = (tangent - stretch[:, :, None] * unit) / distance[:, None]
     stretch = torch.nn.functional.pad(stretch, (0, 1))
     turn = torch.nn.functional.pad(turn, (0, 0, 0, 1))
-    for block in _blocks(vec, row, species_other, p):
+    for block in _blocks(padded, row, species_other, p):
         block_out = vec.new_zeros(n_members, len(block.atoms), p.length)
         described = block.describe(p)
         for columns, shell, gaussians in described.shells:
@@ -202,15 +208,17 @@ def networks(
         for weight, bias in zip(weights[1:-1], biases[1:-1], strict=True):
             value, slope = activate(torch.baddbmm(bias[:, None], value, weight.transpose(1, 2)), celu_alpha)
             slopes.append(slope)
-        energies[:, block] = torch.bmm(value, weights[-1].transpose(1, 2)).squeeze(2) + biases[-1]
+        last = torch.baddbmm(biases[-1][:, None], value, weights[-1].transpose(1, 2))
+        energies.index_copy_(1, block, last.squeeze(2))
         if n_gradients:
             pull = slopes[-1] * weights[-1]
             for layer in range(len(slopes) - 1, 0, -1):
                 pull = torch.bmm(pull, weights[layer]).mul_(slopes[layer - 1])
             if n_gradients == len(first):
-                gradient[:, block] = torch.bmm(pull, first)
+                gradient.index_copy_(1, block, torch.bmm(pull, first))
             else:
-                gradient[0, block] = pull.transpose(0, 1).flatten(1) @ first.flatten(0, 1) / len(first)
+                mean = torch.mm(pull.transpose(0, 1).flatten(1), first.flatten(0, 1)).div_(len(first))
+                gradient.index_copy_(1, block, mean[None])
 
 
 def pair_vectors(
@@ -335,15 +343,6 @@ def pair_tangents(
 evaluate = functools.partial(blocks.evaluate, sys.modules[__name__])
 
 
-def _assemble(vec: torch.Tensor, stretch: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
-    """Gradient by vec from those by length (M, E) and by direction (M, E, 3)."""
-    distance = vec.norm(dim=1, keepdim=True).clamp_(min=SHORTEST_A)
-    unit = vec / distance
-    along = (turn * unit).sum(2, keepdim=True)
-    gradient: torch.Tensor = (turn - along * unit).div_(distance).add_(stretch[:, :, None] * unit)
-    return gradient
-
-
 @functools.lru_cache(maxsize=64)
 def _constants(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     return torch.tensor(values, dtype=dtype, device=device)
@@ -380,8 +379,8 @@ class _Shell:
     def pull_back(self, gaussians: torch.Tensor, weight: torch.Tensor, p: AEVParameters) -> torch.Tensor:
         """(M, n, K): gradient of <weight_m, sums> by distance. weight: (M, n, R)."""
         shifted = weight * self._from_middle(p)
-        both = torch.bmm(gaussians, torch.cat([weight, shifted]).permute(1, 2, 0))  # (n, K, 2 M)
-        total, shifted = both.permute(2, 0, 1).chunk(2)
+        both = torch.bmm(torch.cat([weight, shifted]).transpose(0, 1), gaussians.transpose(1, 2))  # (n, 2 M, K)
+        total, shifted = both.transpose(0, 1).chunk(2)
         level, slope = self._slope(p)
         return shifted.mul(slope).addcmul_(total, level)
 
@@ -433,24 +432,24 @@ class _Wedge:
         return values.flatten(1).index_select(1, self.pair)
 
     def features(self, *, bend: bool) -> Features:
-        """F1 (A, n, T) without its factor f, F2 (Z, n, T), and its derivative by the cosine of the unscaled angle.
-
-        Without `bend` there is nothing in place of the derivative.
-        """
+        """F1 (A, n, T) without its factor f, F2 (Z, n, T), and with `bend` the power of _bends, else nothing."""
         first = self.mean - self._column(self.p.angular_shifts)
         first.square_().mul_(-LOG2_E * self.p.eta_angular).clamp_(min=LOWEST_EXPONENT).exp2_()
-        # (1 + cos(theta - ShfZ)) / 2 by the addition theorem, floored against the log of 0
-        sine, shift = (1 - self.cosine.square()).sqrt_(), self._column(self.p.angle_shifts)
+        # (1 + cos(theta - ShfZ)) / 2 by the addition theorem, floored where its power is as good as 0
+        shift = self._column(self.p.angle_shifts)
         half = self.cosine * (0.5 * shift.cos())
-        half.addcmul_(sine, 0.5 * shift.sin()).add_(0.5).clamp_(min=torch.finfo(half.dtype).eps)
-        power = half.log2().mul_(self.p.zeta - 1).clamp_(min=LOWEST_EXPONENT).exp2_()
-        second = half.mul_(power)
-        if not bend:
-            return first, second, second[:0]
-        # theta = acos(c): d cos(theta - s) / dc = cos s - sin s cos(theta) / sin(theta)
-        slope = (self.cosine / sine).mul_(-0.5 * ANGLE_SCALE * self.p.zeta) * shift.sin()
-        slope += 0.5 * ANGLE_SCALE * self.p.zeta * shift.cos()
-        return first, second, slope.mul_(power)
+        lowest = max(torch.finfo(half.dtype).eps, 2 ** (LOWEST_EXPONENT / max(1.0, self.p.zeta - 1)))
+        half.addcmul_(self.sine, 0.5 * shift.sin()).add_(0.5).clamp_(min=lowest)
+        power = half.log2().mul_(self.p.zeta - 1).exp2_()
+        return first, half.mul_(power), power if bend else power[:0]
+
+    @functools.cached_property
+    def sine(self) -> torch.Tensor:
+        return (1 - self.cosine.square()).sqrt_()
+
+    @functools.cached_property
+    def cotangent(self) -> torch.Tensor:
+        return self.cosine / self.sine
 
     def _column(self, values: tuple[float, ...]) -> torch.Tensor:
         return _constants(values, self.mean.dtype, self.mean.device)[:, None, None]
@@ -463,21 +462,27 @@ class _Wedge:
         turn: torch.Tensor,
     ) -> None:
         """Add the gradient of <weight (n, A, Z), F1^T f F2> to that by length (E + 1,) and direction (E + 1, 3)."""
-        first, second, bend = (feature.transpose(0, 1) for feature in features)
+        first, second, power = (feature.transpose(0, 1) for feature in features)
         by_first = torch.bmm(weight, second).mul_(first)
-        shifts = self._column(self.p.angular_shifts).flatten()
-        total, shifted = torch.matmul(torch.stack([torch.ones_like(shifts), shifts]), by_first).unbind(1)
-        by_mean = shifted.sub_(self.mean * total).mul_(self.weight).mul_(self.p.eta_angular)  # half of that by x
-        by_cosine = torch.bmm(weight.transpose(1, 2), first).mul_(bend).sum(1).mul_(self.weight)
-        triples = self._square(total.mul_(2), by_mean, by_cosine)
+        twice, by_mean = torch.matmul(_moments(self.p, first.dtype, first.device), by_first).unbind(1)
+        by_mean.addcmul_(self.mean, twice, value=-self.p.eta_angular / 2)  # half of that by x
+        by_second = torch.bmm(weight.transpose(1, 2), first).mul_(power)
+        by_cosine, turned = torch.matmul(_bends(self.p, first.dtype, first.device), by_second).unbind(1)
+        by_cosine.addcmul_(turned, self.cotangent)
+        # One number more than there are triples, for cells of the table without any.
+        values = by_mean.new_empty(3, by_mean.shape[0], by_mean.shape[1] + 1)
+        values[:, :, -1] = 0.0
+        values[0, :, :-1] = twice
+        torch.mul(by_mean, self.weight, out=values[1, :, :-1])
+        torch.mul(by_cosine, self.weight, out=values[2, :, :-1])
+        triples = self._square(values)
         _reduce(self.left, self.right, triples, stretch, turn)
         if not self.same:
             _reduce(self.right, self.left, triples.transpose(2, 3), stretch, turn)
 
-    def _square(self, *values: torch.Tensor) -> torch.Tensor:
-        """k times (n, T) -> (k, n, K, K'), symmetric when both shells are one."""
-        padded = torch.nn.functional.pad(torch.stack(values), (0, 1)).flatten(0, 1)
-        return padded.index_select(1, self.triple_of).view(len(values), -1, *self.shape)
+    def _square(self, values: torch.Tensor) -> torch.Tensor:
+        """(k, n, T + 1) -> (k, n, K, K'), symmetric when both shells are one."""
+        return values.flatten(0, 1).index_select(1, self.triple_of).view(len(values), -1, *self.shape)
 
     def push_forward(
         self,
@@ -486,7 +491,7 @@ class _Wedge:
         turn: torch.Tensor,
     ) -> torch.Tensor:
         """(n, A, Z): change of F1^T f F2 when lengths change by stretch (E + 1,) and directions by turn (E + 1, 3)."""
-        first, second, bend = features
+        first, second, power = features
         left, right = self.left, self.right
         left_stretch, right_stretch = stretch[left.index], stretch[right.index]
         by_mean = self._of_left(left_stretch).add_(self._of_right(right_stretch)).mul_(self.weight)
@@ -499,7 +504,26 @@ class _Wedge:
         change = (weight - self._column(self.p.angular_shifts) * by_mean).mul_(first)
         out = torch.bmm(change.transpose(0, 1), second.permute(1, 2, 0))
         bent = first * self._of_both(cosine).mul_(self.weight)
+        level, slope = _bends(self.p, first.dtype, first.device)[:, :, None, None]
+        bend = (self.cotangent * slope).add_(level).mul_(power)
         return out.baddbmm_(bent.transpose(0, 1), bend.permute(1, 2, 0))
+
+
+@functools.lru_cache(maxsize=64)
+def _moments(p: AEVParameters, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """(2, A): twos, and shifts times eta."""
+    shifts = _constants(p.angular_shifts, dtype, device)
+    return torch.stack([torch.full_like(shifts, 2.0), shifts * p.eta_angular])
+
+
+@functools.lru_cache(maxsize=64)
+def _bends(p: AEVParameters, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """(2, Z): the derivative of F2 by the cosine of the unscaled angle is power (first + second cotangent).
+
+    theta = acos(c): d cos(theta - s) / dc = cos s - sin s cos(theta) / sin(theta)
+    """
+    shifts = _constants(p.angle_shifts, dtype, device)
+    return torch.stack([shifts.cos(), -shifts.sin()]).mul_(0.5 * ANGLE_SCALE * p.zeta)
 
 
 @functools.lru_cache(maxsize=64)
@@ -562,19 +586,21 @@ class _Described:
     wedges: list[tuple[slice, _Wedge, Features]]
 
 
-def _blocks(vec: torch.Tensor, row: torch.Tensor, species_other: torch.Tensor, p: AEVParameters) -> Iterator[_Block]:
+def _blocks(padded: _Padded, row: torch.Tensor, species_other: torch.Tensor, p: AEVParameters) -> Iterator[_Block]:
     """Cut the atoms into blocks of equal size, as many atoms as keep padded pairs and triples within bounds.
 
     Atoms with lists of like length go together: triples grow with their square, and so would padding.
     """
-    n_atoms = len(row) - 1
-    distance = vec.norm(dim=1)
-    centre = torch.repeat_interleave(row.diff(), output_size=len(vec))
+    n_atoms, distance = len(row) - 1, padded.distance[:-1]
+    centre = torch.repeat_interleave(row.diff(), output_size=len(distance))
     atoms = torch.bincount(centre[distance < p.angular_cutoff_A], minlength=n_atoms).argsort()
-    key = atoms.argsort().index_select(0, centre) * p.n_species + species_other
-    near = _Table(distance, key, p.radial_cutoff_A, n_atoms, p.n_species)
-    nearest = _Table(distance, key, p.angular_cutoff_A, n_atoms, p.n_species)
-    padded = _Padded(vec, distance)
+    rank = atoms.argsort().index_select(0, centre)
+    key, pair = (rank * p.n_species + species_other).sort(stable=True)
+    distance = distance.index_select(0, pair)
+    near, nearest = (
+        _Table(key, pair, distance < cutoff_A, n_atoms, p.n_species)
+        for cutoff_A in (p.radial_cutoff_A, p.angular_cutoff_A)
+    )
     most = max(1, min(PAIRS_PER_BLOCK // near.longest, 2 * TRIPLES_PER_BLOCK // nearest.longest**2))
     n_blocks = math.ceil(n_atoms / most)
     for block in range(n_blocks):
@@ -587,16 +613,15 @@ def _blocks(vec: torch.Tensor, row: torch.Tensor, species_other: torch.Tensor, p
 
 
 class _Table:
-    """Pairs within a cutoff, sorted by key: rank of the centre times n_species, plus species of the neighbour."""
+    """Pairs that are inside, sorted by key: rank of the centre times n_species, plus species of the neighbour."""
 
     def __init__(
-        self, distance: torch.Tensor, key: torch.Tensor, cutoff_A: float, n_atoms: int, n_species: int
+        self, key: torch.Tensor, pair: torch.Tensor, inside: torch.Tensor, n_atoms: int, n_species: int
     ) -> None:
         self.n_species = n_species
-        self.empty = len(distance)
-        kept = (distance < cutoff_A).nonzero().squeeze(1)
-        self.key, order = key.index_select(0, kept).sort(stable=True)
-        self.pair = kept.index_select(0, order)
+        self.empty = len(pair)
+        kept = inside.nonzero().squeeze(1)
+        self.key, self.pair = key.index_select(0, kept), pair.index_select(0, kept)
         self.count = torch.bincount(self.key, minlength=n_atoms * n_species)
         self.start = torch.nn.functional.pad(self.count.cumsum(0), (1, 0))
         self.longest = max(1, int(self.count.view(-1, n_species).sum(1).amax()) if n_atoms else 1)
@@ -608,21 +633,27 @@ class _Table:
         key = self.key[first:last]
         place = torch.arange(first, last, device=key.device) - self.start.index_select(0, key)
         width = int(self.count[row_low:row_high].amax())
-        table = key.new_full((row_high - row_low, width), self.empty)
-        table[key - row_low, place] = self.pair[first:last]
+        table = key.new_full(((row_high - row_low) * width,), self.empty)
+        table.index_copy_(0, (key - row_low).mul_(width).add_(place), self.pair[first:last])
         table = table.view(high - low, self.n_species, width)
         longest = self.count[row_low:row_high].view(-1, self.n_species).amax(0).tolist()
         return [table[:, species, :n] for species, n in enumerate(longest)]
 
 
+@dataclass(frozen=True)
 class _Padded:
-    """Lengths and directions of all pairs, with one more row for padding."""
+    """Lengths (E + 1,) and directions (E + 1, 3) of all pairs, with one more row for padding, and where pairs are."""
 
-    def __init__(self, vec: torch.Tensor, distance: torch.Tensor) -> None:
-        length = distance.clamp(min=SHORTEST_A)
-        self.distance = torch.nn.functional.pad(length, (0, 1), value=1.0)
-        self.unit = torch.nn.functional.pad(vec / length[:, None], (0, 0, 0, 1))
-        self.real = torch.nn.functional.pad(torch.ones_like(length), (0, 1))
+    distance: torch.Tensor
+    unit: torch.Tensor
+    real: torch.Tensor
+
+    @classmethod
+    def of(cls, vec: torch.Tensor) -> _Padded:
+        length = vec.norm(dim=1).clamp_(min=SHORTEST_A)
+        distance = torch.nn.functional.pad(length, (0, 1), value=1.0)
+        unit = torch.nn.functional.pad(vec / length[:, None], (0, 0, 0, 1))
+        return cls(distance, unit, torch.nn.functional.pad(torch.ones_like(length), (0, 1)))
 
     def shell(self, index: torch.Tensor, cutoff_A: float) -> _Shell:
         distance, unit, real = (_rows(each, index) for each in (self.distance, self.unit, self.real))
