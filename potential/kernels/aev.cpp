@@ -22,6 +22,7 @@ constexpr double PI = 3.14159265358979324, LOG2_E = 1.44269504088896341;
 constexpr int CHUNK = 128;                            // pairs of neighbours whose features stay in the L1 cache
 constexpr int BLOCK = 4;                              // shifts are handled by fours, padded
 constexpr int ROWS = BYTES == 64 ? 4 : 2;             // ROWS x BLOCK accumulators fit the register file
+constexpr int BESIDE = BYTES == 64 ? 8 : 4;           // features that are computed side by side
 constexpr int BINS = 16, FEW = 24;                    // of squared distances, by which more neighbours than so few are sorted
 constexpr double SHRINK = 0.95;                       // keeps the derivative of acos finite
 
@@ -195,15 +196,14 @@ private:
         return {low > 0 ? low < n ? int(low) : n : 0, high >= 0 ? high < n ? int(high) + 1 : n : 0};
     }
 
-    // Angular shifts within reach of any pair of C vectors from t on.
     template <int C> INLINE Span span_of(int t) const {
-        const int last = (t + C * W - 1) / W;
-        Span all = angular_spans[last];
+        const Span *each = angular_spans + t / W, last = angular_spans[(t + C * W - 1) / W];
+        int begin = last.begin, end = last.end;
         for (int v = 0; v < C; ++v) {
-            const Span& other = angular_spans[t / W + v];
-            all = {other.begin < all.begin ? other.begin : all.begin, other.end > all.end ? other.end : all.end};
+            begin = each[v].begin < begin ? each[v].begin : begin;
+            end = each[v].end > end ? each[v].end : end;
         }
-        return all;
+        return {begin, end};
     }
 
     // Offset of the angular block of species i <= j: rows of the upper triangle, one after the other.
@@ -472,10 +472,12 @@ template <class T> template <bool DERIVATIVE, bool FITTED> void Worker<T>::featu
     for (int t = 0; t < n; t += W) {
         const V c = S::load(cosine + t), s = S::sqrt(T(1) - c * c), cotangent = DERIVATIVE ? c / s : c;
         int z = 0, a = 0;
+        for (; z + BESIDE <= n_z; z += BESIDE) bends<DERIVATIVE, FITTED, BESIDE>(c, s, cotangent, z, t);
         for (; z + BLOCK <= n_z; z += BLOCK) bends<DERIVATIVE, FITTED, BLOCK>(c, s, cotangent, z, t);
         for (; z < n_z; ++z) bends<DERIVATIVE, FITTED, 1>(c, s, cotangent, z, t);
         const V r = S::load(mean_r + t), p = DERIVATIVE ? r : S::load(weight + t);
         if (DERIVATIVE && n_items > 1) angular_spans[t / W] = within(r, angular_ladder);
+        for (; a + BESIDE <= n_a; a += BESIDE) shells<DERIVATIVE, BESIDE>(r, p, a, t);
         for (; a + BLOCK <= n_a; a += BLOCK) shells<DERIVATIVE, BLOCK>(r, p, a, t);
         for (; a < n_a; ++a) shells<DERIVATIVE, 1>(r, p, a, t);
     }

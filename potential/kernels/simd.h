@@ -167,13 +167,16 @@ private:
             transpose_from<2 * D>(v);
         }
     }
+    // Pairs of lanes that differ in bit D, those of `a` where it is clear and those of `b` where it is set: half of it a
+    // choice, which is cheaper than a permutation.
+    template <int D, int... I> static INLINE V add_pairs(V a, V b, std::integer_sequence<int, I...>) {
+        return __builtin_shufflevector(a, b, (I & D ? W + I : I)...) +
+               __builtin_shufflevector(a, b, (I & D ? W + I - D : I + D)...);
+    }
     template <int D> static INLINE V sums_from(V (&v)[W]) {
         if constexpr (D == W) return v[0];
         else {
-            for (int i = 0; i < W; i += 2 * D) {
-                exchange<D>(v[i], v[i + D], std::make_integer_sequence<int, W>{});
-                v[i] += v[i + D];
-            }
+            for (int i = 0; i < W; i += 2 * D) v[i] = add_pairs<D>(v[i], v[i + D], std::make_integer_sequence<int, W>{});
             return sums_from<2 * D>(v);
         }
     }
