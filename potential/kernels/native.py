@@ -314,8 +314,7 @@ def evaluate(
         None if stresses is None else stresses.data_ptr(),
         *(each.data_ptr() for each in spread or ()),
     )
-    is_double = dtype == torch.float64
-    if library().smelt_evaluate(instructions, is_double, torch.get_num_threads(), ctypes.byref(job)):
+    if library().smelt_evaluate(instructions, _is_double(forces), torch.get_num_threads(), ctypes.byref(job)):
         raise MemoryError(f"no memory to evaluate {n_atoms} atoms, {n_members} members")
     return energy, forces, stresses, spread
 
@@ -380,7 +379,7 @@ def _known(stack: Stack, length: int, dtype: torch.dtype, celu_alpha: float, ins
     if known is None or known.seen != seen:
         job = _describe(stack, length, dtype, celu_alpha)
         weights = [weight.detach() for weight in stack.weights]
-        known = KNOWN[stack] = Known(seen, job, weights, _pack(job, dtype, instructions))
+        known = KNOWN[stack] = Known(seen, job, weights, _pack(job, _is_double(weights[0]), instructions))
     return known
 
 
@@ -407,9 +406,8 @@ def _describe(stack: Stack, length: int, dtype: torch.dtype, celu_alpha: float) 
     )
 
 
-def _pack(job: Networks, dtype: torch.dtype, instructions: int) -> torch.Tensor | None:
+def _pack(job: Networks, is_double: bool, instructions: int) -> torch.Tensor | None:
     """The weights as products want them, known to the job from now on; None where they want them as they are."""
-    is_double = dtype == torch.float64
     n_bytes = library().smelt_packed_bytes(instructions, is_double, ctypes.byref(job))
     if not n_bytes:
         return None

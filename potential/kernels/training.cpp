@@ -294,7 +294,7 @@ template <class T> class Response {
     using S = Simd<T>;
     using V = typename S::V;
     static constexpr int W = S::W, MEMBERS = BYTES == 64 ? 4 : 2;
-    static constexpr int AHEAD = 4096 / sizeof(T);    // a page: beyond one processors do not foresee
+    static constexpr int PAGE = 4096 / sizeof(T);     // beyond which processors do not foresee
 
     const ResponseJob& job;
     const KeptJacobian& jacobian;
@@ -341,7 +341,7 @@ private:
         for (int k = 0; k < M; ++k) in[k] = g + (m + k) * step();
         for_each_block(row,
             [&](const T* values, int64_t at) {
-                for (int i = 0; i < 3 * KEPT_WIDTH; i += 64 / sizeof(T)) __builtin_prefetch(values + AHEAD + i);
+                for (int i = 0; i < 3 * KEPT_WIDTH; i += 64 / sizeof(T)) __builtin_prefetch(values + PAGE + i);
                 for (int c = 0; c < KEPT_WIDTH; c += W) {
                     V x[M];
                     for (int k = 0; k < M; ++k) x[k] = S::load(in[k] + at + c);

@@ -183,3 +183,9 @@ def test_mismatched_lists_and_layers_are_refused():
     wider = replace(AEV, radial_shifts=(*AEV.radial_shifts, 4.0))
     with pytest.raises(ValueError, match=r"weight 0 is \(3, 20, 105\) on cpu: must be \(3, 20, 108\)"):
         native.evaluate(structures, pairs.row, pairs.other, pairs.shift, wider, *more[1:])
+
+
+def test_networks_in_a_precision_that_the_kernels_do_not_know_are_refused():
+    structures = Structures.from_frames(frames(), ELEMENTS)
+    with pytest.raises(TypeError, match="the C\\+\\+ kernels know float32 and float64"):
+        evaluate(native, structures, torch.float16)
