@@ -12,17 +12,22 @@
 // that table, hence no container or algorithm of the standard library: code compiled for one processor must never be
 // linked in place of another's.
 #include "aev.h"
+#include "reach.h"
 #include "simd.h"
 
 #include <initializer_list>
+#include <type_traits>
 
 namespace {
 
 constexpr double PI = 3.14159265358979324, LOG2_E = 1.44269504088896341;
 constexpr int CHUNK = 128;                            // pairs of neighbours whose features stay in the L1 cache
+constexpr int ROW = 2 * CHUNK;                        // a feature of these, and its derivative
 constexpr int BLOCK = 4;                              // shifts are handled by fours, padded
 constexpr int ROWS = BYTES == 64 ? 4 : 2;             // ROWS x BLOCK accumulators fit the register file
 constexpr int BESIDE = BYTES == 64 ? 8 : 4;           // features that are computed side by side
+constexpr int MOST_ROWS = BYTES == 64 ? 4 : 3;        // twice so many sums of several items fit the register file
+constexpr int PULLS = 5;                              // sums over pairs of several items, of each neighbour
 constexpr int BINS = 16, FEW = 24;                    // of squared distances, by which more neighbours than so few are sorted
 constexpr double SHRINK = 0.95;                       // keeps the derivative of acos finite
 
@@ -58,25 +63,6 @@ struct Segment { int j, k, n, at; };                  // pairs (j, k..k+n) at `a
 // What of a chunk belongs to two species: all of it, or what is left from the chunk before, or for the next.
 struct Range { int first, second, begin, end; bool is_first, is_last; };
 
-// Shifts [begin, end).
-struct Span { int begin, end; };
-
-// Shifts that are evenly spaced, and how far from its own a Gaussian is more than 0 beside 1. Where they are not, all are
-// within reach.
-template <class T> struct Ladder {
-    T first = 0, per_step = 0, reach = 0;
-    int n = 0;
-
-    Ladder() {}
-    Ladder(double eta, const double* shifts, int n) : n(n) {
-        const double step = n > 1 ? (shifts[n - 1] - shifts[0]) / (n - 1) : 0;
-        bool even = step > 0;
-        for (int k = 0; k < n; ++k) even &= __builtin_fabs(shifts[0] + k * step - shifts[k]) < 0.01 * step;
-        const double far = __builtin_sqrt((sizeof(T) == sizeof(float) ? 27 : 56) / (eta * LOG2_E)) + 0.01 * step;
-        first = T(shifts[0]), per_step = T(even ? 1 / step : 1), reach = T(even ? far : 1e30);
-    }
-};
-
 // What an atom sees: vectors (n, 3) and species (n,).
 template <class T> struct Edges {
     const T* vec;
@@ -94,9 +80,11 @@ template <class T> struct Items {
 template <class T> class Worker {
     using S = Simd<T>;
     using V = typename S::V;
+    using Int = typename S::Int;
+    using I = typename S::I;
     static constexpr int W = S::W;
     static constexpr int RESULT = CHUNK + 2 * W;      // a result per pair, with a vector of slack at both ends
-    static constexpr int TOGETHER = W < 4 ? 1 : W / 4; // cotangents whose sums over a segment fill vectors
+    template <int N> using Constant = std::integral_constant<int, N>;
 
     const AevShape& shape;
     const int n_species, n_radial, n_a, n_z, a_pad, z_pad, n_items;
@@ -113,10 +101,18 @@ template <class T> class Worker {
     T *cosine, *mean_r, *weight, *R, *dR, *Z, *dZ, *U, *dU, *tangents, *results;
     Segment* segments;
     Range* ranges;
-    Span *radial_spans, *angular_spans;               // shifts within reach of each vector of slots, of pairs
+    Span* radial_spans;                               // shifts within reach of each vector of slots
     int n_segments = 0, n_ranges = 0, slots_max = 0;
     V* sums;                                          // (n_items, a_pad, z_pad) lanes of the outer products
     T *coefficients, *per_slot, *of_first, *scratch;
+    // Of several items at once, that are in the lanes (see vjp_of_items).
+    const int item_lanes, n_groups;                   // lanes of each; groups of items that fill a vector
+    const Window window;
+    int n_rows, most_rows, shell_step, group_size;    // rows of item_lanes angles; numbers of a shell, and of all of them
+    T *after, *window_cos, *window_sin;               // where windows begin, and by what they are turned
+    T *factors, *angles_of_pair;
+    Int* in_reach;                                    // of each pair: first shell in R, how many, first of the numbers
+    V *numbers, *pulled;
 
 public:
     const int length;
@@ -127,12 +123,18 @@ public:
         : shape(shape), n_species(int(shape.n_species)), n_radial(int(shape.n_radial)),
           n_a(int(shape.n_angular_radial)), n_z(int(shape.n_angular)), a_pad(round_up(n_a, BLOCK)),
           z_pad(round_up(n_z, BLOCK)), n_items(int(n_items)),
+          item_lanes(n_items > 1 ? lanes_for(int(n_items)) : 1),
+          n_groups(round_up(int(n_items), W / item_lanes) / (W / item_lanes)),
+          window(shape, sizeof(T) == sizeof(float) && shape.reach > 0),
           length(n_species * n_radial + n_species * (n_species + 1) / 2 * n_a * n_z), lanes(lanes_of<T>(n_items)) {
+        const int rows = (window.n + item_lanes - 1) / item_lanes, times = (rows + MOST_ROWS - 1) / MOST_ROWS;
+        most_rows = (rows + times - 1) / times, n_rows = times * most_rows;
+        shell_step = n_z - window.n + n_rows * item_lanes, group_size = round_up(a_pad * shell_step, W);
         radial_rate = T(-shape.eta_radial * LOG2_E), angular_rate = T(-shape.eta_angular * LOG2_E);
         for (int which : {0, 1})
             for (int k = 0; k < AevPower::N_TERMS; ++k) terms[which][k] = T(shape.by_zeta[which].terms[k]);
-        radial_ladder = {shape.eta_radial, shape.radial_shifts, n_radial};
-        angular_ladder = {shape.eta_angular, shape.angular_shifts, n_a};
+        radial_ladder = {shape.eta_radial, LOG2_E, shape.radial_shifts, n_radial};
+        angular_ladder = {shape.eta_angular, LOG2_E, shape.angular_shifts, n_a};
         whole_zeta = shape.zeta <= 64 && shape.zeta == int(shape.zeta) ? int(shape.zeta) : 0;
         fitted = sizeof(T) == sizeof(float) && shape.reach > 0, reach = fitted ? shape.reach : 1;
         start = T(1 - 1 / reach), half = T(reach / 2), slope = T(SHRINK * shape.zeta * reach / 2);
@@ -161,20 +163,26 @@ private:
         radial_shift = arena.take<T>(radial_pad), angular_shift = arena.take<T>(a_pad);
         turn_cos = arena.take<T>(z_pad), turn_sin = arena.take<T>(z_pad);
         for (Neighbours<T>* list : {&radial, &angular}) allocate(*list, arena, edges);
+        scratch = arena.take<T>(3 * slots_max);
         near = arena.take<int>(edges + 1), bin = arena.take<int>(edges + 1), count = arena.take<int>(n_species * BINS);
         for (T** a : {&cosine, &mean_r, &weight}) *a = arena.take<T>(CHUNK + W);
         // With slack: a range need not end where a vector does.
-        for (T** a : {&R, &dR, &U}) *a = arena.take<T>(a_pad * CHUNK + 2 * W);
-        for (T** a : {&Z, &dZ, &dU}) *a = arena.take<T>(z_pad * CHUNK + 2 * W);
+        R = arena.take<T>(a_pad * ROW + 2 * W), Z = arena.take<T>(z_pad * ROW + 2 * W);
+        U = arena.take<T>((a_pad > z_pad ? a_pad : z_pad) * ROW + 2 * W);
+        dR = R + CHUNK, dZ = Z + CHUNK, dU = U + CHUNK;
         tangents = arena.take<T>(n_items * 3 * (CHUNK + W));
-        results = arena.take<T>(n_items * 3 * RESULT);
+        results = arena.take<T>(3 * RESULT);
         segments = arena.take<Segment>(CHUNK), ranges = arena.take<Range>(CHUNK);
-        radial_spans = arena.take<Span>(slots_max / W + 1), angular_spans = arena.take<Span>(CHUNK / W + 1);
+        radial_spans = arena.take<Span>(slots_max / W + 1);
         sums = arena.take<V>((n_items > 1 ? n_items : 1) * a_pad * z_pad); // AEVs have no items
-        coefficients = arena.take<T>(size_t(n_items) * (radial_pad > a_pad * z_pad ? radial_pad : a_pad * z_pad));
-        per_slot = arena.take<T>(size_t(n_items) * 4 * slots_max);
-        of_first = arena.take<T>(size_t(first_step()) * slots_max);
-        scratch = arena.take<T>(3 * slots_max);
+        const int n_numbers = n_items > 1 ? group_size : a_pad * z_pad;
+        coefficients = arena.take<T>(size_t(n_items) * (radial_pad > n_numbers ? radial_pad : n_numbers) + 2 * W);
+        per_slot = arena.take<T>(size_t(n_items) * 4 * slots_max), of_first = arena.take<T>(4 * slots_max);
+        if (n_items < 2) return;
+        for (T** a : {&after, &window_cos, &window_sin}) *a = arena.take<T>(z_pad);
+        angles_of_pair = arena.take<T>(n_rows * item_lanes * ROW), in_reach = arena.take<Int>(3 * CHUNK);
+        factors = arena.take<T>(PULLS * slots_max), numbers = arena.take<V>(size_t(n_groups) * group_size);
+        pulled = arena.take<V>(size_t(n_groups) * PULLS * slots_max);
     }
 
     void fill_constants() {
@@ -184,8 +192,13 @@ private:
         for (int a = 0; a < a_pad; ++a) angular_shift[a] = a < n_a ? T(shape.angular_shifts[a]) : 0;
         for (int z = 0; z < z_pad; ++z) turn_cos[z] = z < n_z ? T(shape.angle_cos[z] / reach) : 0;
         for (int z = 0; z < z_pad; ++z) turn_sin[z] = z < n_z ? T(shape.angle_sin[z] / reach) : 0;
-        for (T* a : {R, dR, U}) memset(a + n_a * CHUNK, 0, sizeof(T) * ((a_pad - n_a) * CHUNK + 2 * W));
-        for (T* z : {Z, dZ, dU}) memset(z + n_z * CHUNK, 0, sizeof(T) * ((z_pad - n_z) * CHUNK + 2 * W));
+        memset(R + n_a * ROW, 0, sizeof(T) * ((a_pad - n_a) * ROW + 2 * W));
+        memset(Z + n_z * ROW, 0, sizeof(T) * ((z_pad - n_z) * ROW + 2 * W));
+        memset(U, 0, sizeof(T) * ((a_pad > z_pad ? a_pad : z_pad) * ROW + 2 * W));
+        for (int i = 0; n_items > 1 && i < window.n_starts; ++i) {
+            after[i] = i ? T(window.after(i)) : 2;
+            window_cos[i] = T(window.cos_from_first(i)), window_sin[i] = T(window.sin_from_first(i));
+        }
     }
 
     // Shifts (evenly spaced, else all of them) within reach of any lane of r.
@@ -194,16 +207,6 @@ private:
         const T high = (S::greatest(r) + ladder.reach - ladder.first) * ladder.per_step;
         const int n = ladder.n;
         return {low > 0 ? low < n ? int(low) : n : 0, high >= 0 ? high < n ? int(high) + 1 : n : 0};
-    }
-
-    template <int C> INLINE Span span_of(int t) const {
-        const Span *each = angular_spans + t / W, last = angular_spans[(t + C * W - 1) / W];
-        int begin = last.begin, end = last.end;
-        for (int v = 0; v < C; ++v) {
-            begin = each[v].begin < begin ? each[v].begin : begin;
-            end = each[v].end > end ? each[v].end : end;
-        }
-        return {begin, end};
     }
 
     // Offset of the angular block of species i <= j: rows of the upper triangle, one after the other.
@@ -217,8 +220,21 @@ private:
     T* of_slot(int item, int q, int slot) const {
         return per_slot + ((slot / W * n_items + item) * 4 + q) * W + slot % W;
     }
-    // Quantities of all items for the first neighbour of pairs: number 4 item + q of a row, a row for each slot.
-    int first_step() const { return round_up(4 * n_items, W); }
+    // Lanes of each of n items, n > 1, so that vectors are filled.
+    static constexpr int lanes_for(int n) { return 2 * n > W ? 1 : 4 * n > W ? 2 : 8 * n > W ? 4 : 8; }
+    // run(item_lanes, most_rows), both constant.
+    template <class Run> INLINE void with_sizes(Run run) {
+        const auto with_lanes = [&](auto lanes) {
+            if (most_rows == 1) return run(lanes, Constant<1>{});
+            if (most_rows == 2) return run(lanes, Constant<2>{});
+            if (most_rows == 3) return run(lanes, Constant<3>{});
+            if constexpr (MOST_ROWS > 3) run(lanes, Constant<4>{});
+        };
+        if (item_lanes == 1) with_lanes(Constant<1>{});
+        if constexpr (W >= 4) if (item_lanes == 2) with_lanes(Constant<2>{});
+        if constexpr (W >= 8) if (item_lanes == 4) with_lanes(Constant<4>{});
+        if constexpr (W >= 16) if (item_lanes == 8) with_lanes(Constant<8>{});
+    }
 
     void find(Neighbours<T>& list, const Edges<T>& edges, T cutoff);
     void measure(Neighbours<T>& list, T cutoff);
@@ -231,8 +247,10 @@ private:
         fitted ? features<DERIVATIVE, true>(n) : features<DERIVATIVE, false>(n);
     }
     template <bool DERIVATIVE, bool FITTED> void features(int n);
-    template <bool DERIVATIVE, bool FITTED, int N> void bends(V c, V s, V cotangent, int first, int t);
-    template <bool DERIVATIVE, int N> void shells(V r, V p, int first, int t);
+    template <bool DERIVATIVE, bool FITTED> void bends(V c, V s, V dc, V ds, int n, int t);
+    template <bool DERIVATIVE, bool FITTED, int N> void bends_from(int first, V c, V s, V dc, V ds, int t);
+    template <bool DERIVATIVE> void shells(V r, V p, int t);
+    template <bool DERIVATIVE, int N> void shells_from(int first, V r, V p, int t);
     template <bool SECOND>
     void outer(const Range& range, const T* left, const T* right, const T* left2, const T* right2, V* sum);
     void store_sums(const Range& range, V* sum, T* out);
@@ -242,13 +260,21 @@ private:
     void items_in_lanes(int quantity, int number, int i, V (&rows)[W]);
     void store_radial(T* out);
     template <int M> void radial_jvp(Items<T> out, int item);
-    void load_coefficients(const Range& range, Items<const T> cotangent);
+    void load_coefficients(const Range& range, const T* cotangent);
     void contract(const Range& range);
     template <int C> void contract_at(int t);
-    template <int C> void contract_at(int t, int item, Span span);
-    template <int M> void scatter(int item);
+    void scatter();
     void add_first();
     void add_angular(T* out);
+    void vjp_of_one(const T* cotangent, T* out);
+    void vjp_of_items(Items<const T> cotangent, T* out);
+    void load_factors();
+    void features_in_reach(int n) { fitted ? features_in_reach<true>(n) : features_in_reach<false>(n); }
+    template <bool FITTED> void features_in_reach(int n);
+    template <int LANES> void gather_angles(int n);
+    template <int LANES> void load_numbers(const Range& range, Items<const T> cotangent);
+    template <int LANES, int N> void contract_items(const Segment* segment, const Segment* end, int group, int row);
+    template <int LANES> void add_items(T* out);
     void load_tangents(const Neighbours<T>& list, const T* tangent, int item);
 };
 
@@ -320,11 +346,10 @@ template <class T> void Worker<T>::radial_forward(T* out) {
             V total[BLOCK] = {};
             for (int i = radial.begin[g]; i < radial.end[g]; i += W) {
                 if (radial_spans[i / W].end <= k || radial_spans[i / W].begin >= k + BLOCK) continue;
-                V r = S::load(radial.r + i), fc = S::load(radial.fc + i);
-                for (int q = 0; q < BLOCK; ++q) {
-                    V d = r - radial_shift[k + q];
-                    total[q] += fc * S::exp2(d * d * radial_rate);
-                }
+                V r = S::load(radial.r + i), fc = S::load(radial.fc + i), e[BLOCK];
+                for (int q = 0; q < BLOCK; ++q) e[q] = r - radial_shift[k + q], e[q] *= e[q] * radial_rate;
+                S::exp2(e);
+                for (int q = 0; q < BLOCK; ++q) total[q] += fc * e[q];
             }
             T values[BLOCK];
             S::sum4(total, values);
@@ -470,23 +495,33 @@ template <class V> INLINE V whole_power(V x, int n) {
 // Z and R of each pair of the chunk. With DERIVATIVE also dZ = dZ/dcos, dR = dR/d(mean r), and R without the weight P.
 template <class T> template <bool DERIVATIVE, bool FITTED> void Worker<T>::features(int n) {
     for (int t = 0; t < n; t += W) {
-        const V c = S::load(cosine + t), s = S::sqrt(T(1) - c * c), cotangent = DERIVATIVE ? c / s : c;
-        int z = 0, a = 0;
-        for (; z + BESIDE <= n_z; z += BESIDE) bends<DERIVATIVE, FITTED, BESIDE>(c, s, cotangent, z, t);
-        for (; z + BLOCK <= n_z; z += BLOCK) bends<DERIVATIVE, FITTED, BLOCK>(c, s, cotangent, z, t);
-        for (; z < n_z; ++z) bends<DERIVATIVE, FITTED, 1>(c, s, cotangent, z, t);
-        const V r = S::load(mean_r + t), p = DERIVATIVE ? r : S::load(weight + t);
-        if (DERIVATIVE && n_items > 1) angular_spans[t / W] = within(r, angular_ladder);
-        for (; a + BESIDE <= n_a; a += BESIDE) shells<DERIVATIVE, BESIDE>(r, p, a, t);
-        for (; a + BLOCK <= n_a; a += BLOCK) shells<DERIVATIVE, BLOCK>(r, p, a, t);
-        for (; a < n_a; ++a) shells<DERIVATIVE, 1>(r, p, a, t);
+        const V c = S::load(cosine + t), s = S::sqrt(T(1) - c * c);
+        bends<DERIVATIVE, FITTED>(c, s, V{} + 1, DERIVATIVE ? -c / s : c, n_z, t);
+        shells<DERIVATIVE>(S::load(mean_r + t), DERIVATIVE ? V{} : S::load(weight + t), t);
     }
-    if (DERIVATIVE && n_items > 1) angular_spans[n / W] = {n_a, 0};
 }
 
-// Z of N shifts for a vector of pairs, side by side: each alone would wait for its own products.
+// Z of the first n angles for a vector of pairs, with the cosine and sine of th and what they change by with cos(th).
+template <class T> template <bool DERIVATIVE, bool FITTED>
+INLINE void Worker<T>::bends(V c, V s, V dc, V ds, int n, int t) {
+    int z = 0;
+    for (; z + BESIDE <= n; z += BESIDE) bends_from<DERIVATIVE, FITTED, BESIDE>(z, c, s, dc, ds, t);
+    for (; z + 6 <= n; z += 6) bends_from<DERIVATIVE, FITTED, 6>(z, c, s, dc, ds, t);
+    for (; z + BLOCK <= n; z += BLOCK) bends_from<DERIVATIVE, FITTED, BLOCK>(z, c, s, dc, ds, t);
+    for (; z < n; ++z) bends_from<DERIVATIVE, FITTED, 1>(z, c, s, dc, ds, t);
+}
+
+// R of all shifts for a vector of pairs.
+template <class T> template <bool DERIVATIVE> INLINE void Worker<T>::shells(V r, V p, int t) {
+    int a = 0;
+    for (; a + BESIDE <= n_a; a += BESIDE) shells_from<DERIVATIVE, BESIDE>(a, r, p, t);
+    for (; a + BLOCK <= n_a; a += BLOCK) shells_from<DERIVATIVE, BLOCK>(a, r, p, t);
+    for (; a < n_a; ++a) shells_from<DERIVATIVE, 1>(a, r, p, t);
+}
+
+// N of them side by side: each alone would wait for its own products.
 template <class T> template <bool DERIVATIVE, bool FITTED, int N>
-INLINE void Worker<T>::bends(V c, V s, V cotangent, int first, int t) {
+INLINE void Worker<T>::bends_from(int first, V c, V s, V dc, V ds, int t) {
     const AevPower& power = shape.by_zeta[DERIVATIVE];
     const T *by_cos = turn_cos + first, *by_sin = turn_sin + first;
     V u[N], x[N], y[N];
@@ -507,22 +542,22 @@ INLINE void Worker<T>::bends(V c, V s, V cotangent, int first, int t) {
                               : S::exp2(S::log2(x[z]) * exponent + T(1));
         }
     }
-    for (int z = 0; z < N; ++z) {
-        const int at = (first + z) * CHUNK + t;
-        S::store(Z + at, DERIVATIVE ? x[z] * y[z] : y[z]);
-        if (DERIVATIVE) S::store(dZ + at, (by_cos[z] - cotangent * by_sin[z]) * (y[z] * slope));
+    T* to = Z + first * ROW + t;
+    for (int z = 0; z < N; ++z, to += ROW) {
+        S::store(to, DERIVATIVE ? x[z] * y[z] : y[z]);
+        if (DERIVATIVE) S::store(to + CHUNK, (dc * by_cos[z] + ds * by_sin[z]) * (y[z] * slope));
     }
 }
 
-// R of N shifts for a vector of pairs.
-template <class T> template <bool DERIVATIVE, int N> INLINE void Worker<T>::shells(V r, V p, int first, int t) {
+template <class T> template <bool DERIVATIVE, int N> INLINE void Worker<T>::shells_from(int first, V r, V p, int t) {
     const T stretch = T(-2 * shape.eta_angular);
     V d[N], e[N];
-    for (int a = 0; a < N; ++a) d[a] = r - angular_shift[first + a], e[a] = S::exp2(d[a] * d[a] * angular_rate);
-    for (int a = 0; a < N; ++a) {
-        const int at = (first + a) * CHUNK + t;
-        S::store(R + at, DERIVATIVE ? e[a] : e[a] * p);
-        if (DERIVATIVE) S::store(dR + at, e[a] * d[a] * stretch);
+    for (int a = 0; a < N; ++a) d[a] = r - angular_shift[first + a], e[a] = d[a] * d[a] * angular_rate;
+    S::exp2(e);
+    T* to = R + first * ROW + t;
+    for (int a = 0; a < N; ++a, to += ROW) {
+        S::store(to, DERIVATIVE ? e[a] : e[a] * p);
+        if (DERIVATIVE) S::store(to + CHUNK, e[a] * d[a] * stretch);
     }
 }
 
@@ -536,11 +571,11 @@ void Worker<T>::outer(const Range& range, const T* left, const T* right, const T
                 for (int q = 0; q < BLOCK; ++q) block[p][q] = sum[(a + p) * z_pad + z + q];
             const auto add = [&](int t, auto load) {
                 for (int p = 0; p < ROWS; ++p) {
-                    V f = load(left + (a + p) * CHUNK + t);
-                    for (int q = 0; q < BLOCK; ++q) block[p][q] += f * load(right + (z + q) * CHUNK + t);
+                    V f = load(left + (a + p) * ROW + t);
+                    for (int q = 0; q < BLOCK; ++q) block[p][q] += f * load(right + (z + q) * ROW + t);
                     if (!SECOND) continue;
-                    V f2 = load(left2 + (a + p) * CHUNK + t);
-                    for (int q = 0; q < BLOCK; ++q) block[p][q] += f2 * load(right2 + (z + q) * CHUNK + t);
+                    V f2 = load(left2 + (a + p) * ROW + t);
+                    for (int q = 0; q < BLOCK; ++q) block[p][q] += f2 * load(right2 + (z + q) * ROW + t);
                 }
             };
             int t = range.begin;
@@ -577,30 +612,22 @@ template <class T> void Worker<T>::contract(const Range& range) {
     for (; t < range.end; t += W) contract_at<1>(t);
 }
 
-template <class T> template <int C> INLINE void Worker<T>::contract_at(int t) {
-    const Span span = n_items > 1 ? span_of<C>(t) : Span{0, n_a};
-    for (int m = 0; m < n_items; ++m) contract_at<C>(t, m, span);
-}
-
-template <class T> void Worker<T>::load_coefficients(const Range& range, Items<const T> cotangent) {
-    const int block = angular_block(angular.species[range.first], angular.species[range.second]);
-    for (int m = 0; m < n_items; ++m) {
-        const T* row = cotangent[m] + block;
-        for (int a = 0; a < n_a; ++a) {
-            T* to = coefficients + (m * a_pad + a) * z_pad;
-            memcpy(to, row + a * n_z, sizeof(T) * n_z), memset(to + n_z, 0, sizeof(T) * (z_pad - n_z));
-        }
+template <class T> void Worker<T>::load_coefficients(const Range& range, const T* cotangent) {
+    cotangent += angular_block(angular.species[range.first], angular.species[range.second]);
+    for (int a = 0; a < n_a; ++a) {
+        T* to = coefficients + a * z_pad;
+        memcpy(to, cotangent + a * n_z, sizeof(T) * n_z), memset(to + n_z, 0, sizeof(T) * (z_pad - n_z));
     }
 }
 
-template <class T> template <int C> INLINE void Worker<T>::contract_at(int t, int item, Span span) {
-    const T *g = coefficients + item * a_pad * z_pad, *r = R + t, *dr = dR + t, *zeta = Z + t, *dzeta = dZ + t;
+template <class T> template <int C> INLINE void Worker<T>::contract_at(int t) {
+    const T *g = coefficients, *r = R + t, *dr = dR + t, *zeta = Z + t, *dzeta = dZ + t;
     V value[C] = {}, by_r[C] = {}, by_cosine[C] = {};
     for (int z = 0; z < z_pad; z += BLOCK) {
         V left[BLOCK][C] = {}, dleft[BLOCK][C] = {};
-        for (int a = span.begin; a < span.end; ++a) {
+        for (int a = 0; a < n_a; ++a) {
             V f[C], df[C];
-            for (int v = 0; v < C; ++v) f[v] = S::load(r + a * CHUNK + v * W), df[v] = S::load(dr + a * CHUNK + v * W);
+            for (int v = 0; v < C; ++v) f[v] = S::load(r + a * ROW + v * W), df[v] = S::load(dr + a * ROW + v * W);
             for (int q = 0; q < BLOCK; ++q) {
                 const T factor = g[a * z_pad + z + q];
                 for (int v = 0; v < C; ++v) left[q][v] += f[v] * factor, dleft[q][v] += df[v] * factor;
@@ -608,102 +635,247 @@ template <class T> template <int C> INLINE void Worker<T>::contract_at(int t, in
         }
         for (int q = 0; q < BLOCK; ++q) {
             for (int v = 0; v < C; ++v) {
-                V f = S::load(zeta + (z + q) * CHUNK + v * W);
+                V f = S::load(zeta + (z + q) * ROW + v * W);
                 value[v] += left[q][v] * f, by_r[v] += dleft[q][v] * f;
-                by_cosine[v] += left[q][v] * S::load(dzeta + (z + q) * CHUNK + v * W);
+                by_cosine[v] += left[q][v] * S::load(dzeta + (z + q) * ROW + v * W);
             }
         }
     }
-    T* out = results + item * 3 * RESULT + W + t;
+    T* out = results + W + t;
     for (int v = 0; v < C; ++v, out += W) {
         S::store(out, value[v]), S::store(out + RESULT, by_r[v]), S::store(out + 2 * RESULT, by_cosine[v]);
     }
 }
 
-// Add the pairs' results of M items to their two neighbours: (dE/dr, dE/du (3)) of k in of_slot, those of j in `of_first`.
+// Add the pairs' results to their two neighbours: (dE/dr, dE/du (3)) of k in of_slot, those of j in `of_first`.
 // Two places, because a vector load that overlaps a scalar just stored has to wait for it.
-template <class T> template <int M> void Worker<T>::scatter(int item) {
+template <class T> void Worker<T>::scatter() {
     const Neighbours<T> a = angular;                  // a copy, as above
     for (int s = 0; s < n_segments; ++s) {
         const Segment& g = segments[s];
         const int end = g.k + g.n;
         const T fc = a.fc[g.j], x = fc * a.x[g.j], y = fc * a.y[g.j], z = fc * a.z[g.j], dfc = a.dfc[g.j];
-        V by_r[M] = {}, by_fc[M] = {}, total[4 * M] = {};
+        V by_r{}, by_fc{}, total[4] = {};
         for (int k = g.k / W * W; k < end; k += W) {
             const typename S::Mask mask = S::lanes(g.k - k, end - k);
-            const V fck = S::load(a.fc + k), dfck = S::load(a.dfc + k), half = fck * T(0.5);
-            const T* pair = results + item * 3 * RESULT + W + g.at + (k - g.k);
-            T* second = of_slot(item, 0, k);
-            for (int m = 0; m < M; ++m, pair += 3 * RESULT, second += 4 * W) {
-                V value = S::load_masked(pair, mask), slope = S::load_masked(pair + RESULT, mask) * half;
-                V turn = S::load_masked(pair + 2 * RESULT, mask) * fck;
-                S::store(second, S::load(second) + (slope + value * dfck) * fc);
-                S::store(second + W, S::load(second + W) + turn * x);
-                S::store(second + 2 * W, S::load(second + 2 * W) + turn * y);
-                S::store(second + 3 * W, S::load(second + 3 * W) + turn * z);
-                by_r[m] += slope, by_fc[m] += value * fck;
-                total[4 * m + 1] += turn * S::load(a.x + k), total[4 * m + 2] += turn * S::load(a.y + k);
-                total[4 * m + 3] += turn * S::load(a.z + k);
-            }
+            const V fck = S::load(a.fc + k);
+            const T* pair = results + W + g.at + (k - g.k);
+            const V value = S::load_masked(pair, mask), change = S::load_masked(pair + RESULT, mask) * (fck * T(0.5));
+            const V turn = S::load_masked(pair + 2 * RESULT, mask) * fck;
+            T* second = of_slot(0, 0, k);
+            S::store(second, S::load(second) + (change + value * S::load(a.dfc + k)) * fc);
+            S::store(second + W, S::load(second + W) + turn * x);
+            S::store(second + 2 * W, S::load(second + 2 * W) + turn * y);
+            S::store(second + 3 * W, S::load(second + 3 * W) + turn * z);
+            by_r += change, by_fc += value * fck;
+            total[1] += turn * S::load(a.x + k), total[2] += turn * S::load(a.y + k);
+            total[3] += turn * S::load(a.z + k);
         }
-        for (int m = 0; m < M; ++m) {
-            total[4 * m] = by_r[m] * fc + by_fc[m] * dfc;
-            for (int q = 1; q < 4; ++q) total[4 * m + q] *= fc;
-        }
-        T* out = of_first + g.j * first_step() + 4 * item;
-        if constexpr (M == TOGETHER && M > 1) {
-            S::store(out, S::load(out) + S::sums(total));
-        } else {
-            for (int m = 0; m < M; ++m) {
-                T values[4];
-                S::sum4({total[4 * m], total[4 * m + 1], total[4 * m + 2], total[4 * m + 3]}, values);
-                for (int q = 0; q < 4; ++q) out[4 * m + q] += values[q];
-            }
-        }
+        total[0] = by_r * fc + by_fc * dfc;
+        for (int q = 1; q < 4; ++q) total[q] *= fc;
+        T values[4], *out = of_first + 4 * g.j;
+        S::sum4(total, values);
+        for (int q = 0; q < 4; ++q) out[q] += values[q];
     }
 }
 
 // Put what pairs did to their first neighbours to the rest.
 template <class T> void Worker<T>::add_first() {
-    for (int slot = 0; slot < angular.n_slots; slot += W) {
-        for (int number = 0; number < 4 * n_items; number += W) {
-            V rows[W];
-            for (int i = 0; i < W; ++i) rows[i] = S::load(of_first + (slot + i) * first_step() + number);
-            S::transpose(rows);
-            for (int i = 0; i < W && number + i < 4 * n_items; ++i) {
-                T* to = of_slot(0, 0, slot) + (number + i) * W;
-                S::store(to, S::load(to) + rows[i]);
-            }
+    for (int slot = 0; slot < angular.n_slots; ++slot) {
+        for (int q = 0; q < 4; ++q) *of_slot(0, q, slot) += of_first[4 * slot + q];
+    }
+}
+
+// dE/dvec = dE/dr u + (t - (u.t) u) / r with t = dE/du, added to out (n_edges, 3).
+template <class T> void Worker<T>::add_angular(T* out) {
+    const Neighbours<T>& a = angular;
+    for (int i = 0; i < a.n_slots; i += W) {
+        T *by_r = of_slot(0, 0, i), *by_x = by_r + W, *by_y = by_x + W, *by_z = by_y + W;
+        V x = S::load(a.x + i), y = S::load(a.y + i), z = S::load(a.z + i), inverse = S::load(a.inverse + i);
+        V tx = S::load(by_x), ty = S::load(by_y), tz = S::load(by_z);
+        V along = S::load(by_r) - (x * tx + y * ty + z * tz) * inverse;
+        S::store(by_x, along * x + tx * inverse);
+        S::store(by_y, along * y + ty * inverse);
+        S::store(by_z, along * z + tz * inverse);
+    }
+    for (int g = 0; g < a.n_present; ++g) {
+        for (int i = a.begin[g]; i < a.end[g]; ++i) {
+            for (int k = 0; k < 3; ++k) out[3 * a.edge[i] + k] += *of_slot(0, k + 1, i);
         }
     }
 }
 
-// dE/dvec = dE/dr u + (t - (u.t) u) / r with t = dE/du, added to out (n_edges, 3, lanes).
-template <class T> void Worker<T>::add_angular(T* out) {
+template <class T> void Worker<T>::vjp_of_one(const T* cotangent, T* out) {
+    memset(per_slot, 0, sizeof(T) * 4 * angular.n_slots);
+    memset(of_first, 0, sizeof(T) * 4 * angular.n_slots);
+    for_each_chunk([&](int j, int k, int n, int at) { pair_geometry(j, k, n, at); },
+        [&](int n) {
+            features<true>(n);
+            for (const Range* range = ranges; range < ranges + n_ranges; ++range) {
+                if (range->is_first) load_coefficients(*range, cotangent);
+                contract(*range);
+            }
+            scatter();
+        });
+    add_first();
+    add_angular(out);
+}
+
+// ---- the same for several items at once ----------------------------------------------------------------------------
+//
+// Items are in the lanes. So each pair takes the shifts within its own reach only, and what it does to its neighbours
+// needs no sums over lanes. Where there are fewer items than lanes, each has LANES of them, for as many angles. Of every
+// neighbour five sums over its pairs are kept, `pulled`, with fc and u of the other neighbour:
+//   (value fc, by_r fc, by_cosine fc u), where value = sum_z g_z Z_z, by_r = sum_z h_z Z_z, by_cosine = sum_z g_z dZ_z
+
+template <class T> void Worker<T>::vjp_of_items(Items<const T> cotangent, T* out) {
+    load_factors();
+    with_sizes([&](auto lanes, auto rows) {
+        constexpr int LANES = decltype(lanes)::value, N = decltype(rows)::value;
+        memset(pulled, 0, sizeof(V) * n_groups * PULLS * angular.n_slots);
+        for_each_chunk([&](int j, int k, int n, int at) { pair_geometry(j, k, n, at); },
+            [&](int n) {
+                features_in_reach(n);
+                gather_angles<LANES>(n);
+                const Segment *segment = segments, *end = segments;
+                for (const Range* range = ranges; range < ranges + n_ranges; ++range, segment = end) {
+                    while (end < segments + n_segments && end->at < range->end) ++end;
+                    if (range->is_first) load_numbers<LANES>(*range, cotangent);
+                    for (int group = 0; group < n_groups; ++group)
+                        for (int row = 0; row < n_rows; row += N) contract_items<LANES, N>(segment, end, group, row);
+                }
+            });
+        add_items<LANES>(out);
+    });
+}
+
+template <class T> void Worker<T>::load_factors() {
     const Neighbours<T>& a = angular;
-    for (int m = 0; m < n_items; ++m) {
-        for (int i = 0; i < a.n_slots; i += W) {
-            T *by_r = of_slot(m, 0, i), *by_x = by_r + W, *by_y = by_x + W, *by_z = by_y + W;
-            V x = S::load(a.x + i), y = S::load(a.y + i), z = S::load(a.z + i), inverse = S::load(a.inverse + i);
-            V tx = S::load(by_x), ty = S::load(by_y), tz = S::load(by_z);
-            V along = S::load(by_r) - (x * tx + y * ty + z * tz) * inverse;
-            S::store(by_x, along * x + tx * inverse);
-            S::store(by_y, along * y + ty * inverse);
-            S::store(by_z, along * z + tz * inverse);
+    for (int i = 0; i < a.n_slots; ++i) {
+        T* f = factors + PULLS * i;
+        f[0] = f[1] = a.fc[i], f[2] = a.fc[i] * a.x[i], f[3] = a.fc[i] * a.y[i], f[4] = a.fc[i] * a.z[i];
+    }
+}
+
+// As features<true>, but Z of the angles within reach of each pair, as if turned to the first ones; and what is in reach.
+template <class T> template <bool FITTED> void Worker<T>::features_in_reach(int n) {
+    const Ladder<T> ladder = angular_ladder;          // copies, as above
+    const T from = ladder.first + ladder.reach, to = ladder.first - ladder.reach, n_shells = T(n_a);
+    const Int most = a_pad, step = shell_step;
+    for (int t = 0; t < n; t += W) {
+        const V c = S::load(cosine + t), s = S::sqrt(T(1) - c * c), cotangent = c / s, r = S::load(mean_r + t);
+        V begin{}, x = V{} + 1, y{};
+        for (int i = 1; i < window.n_starts; ++i) {
+            const auto later = c < after[i];
+            begin = later ? V{} + T(i) : begin, x = later ? V{} + window_cos[i] : x, y = later ? V{} + window_sin[i] : y;
+        }
+        bends<true, FITTED>(c * x + s * y, s * x - c * y, x - cotangent * y, -(y + cotangent * x), window.n, t);
+        shells<true>(r, V{}, t);
+        const V low = S::max((r - from) * ladder.per_step + T(1), T(0));
+        const V high = S::max((r - to) * ladder.per_step + T(1), T(0));
+        I first = __builtin_convertvector(low < n_shells ? low : V{} + n_shells, I);
+        const I last = __builtin_convertvector(high < n_shells ? high : V{} + n_shells, I);
+        const I count = (last - first + 1) & ~1;      // by twos
+        first = first < most - count ? first : most - count;
+        I* out = reinterpret_cast<I*>(in_reach + t);
+        out[0] = first * ROW, out[CHUNK / W] = count, out[2 * CHUNK / W] = first * step + __builtin_convertvector(begin, I);
+    }
+}
+
+// Rows of LANES angles, side by side for each pair, and of their derivatives.
+template <class T> template <int LANES> void Worker<T>::gather_angles(int n) {
+    T* to = angles_of_pair;
+    for (int z = 0; z < n_rows * LANES; z += LANES) {
+        for (const T* from : {Z + z * ROW, dZ + z * ROW}) {
+            for (int t = 0; t < n; t += W) {
+                V v[LANES];
+                for (int i = 0; i < LANES; ++i) v[i] = z + i < window.n ? S::load(from + i * ROW + t) : V{};
+                S::zip(v);
+                for (int i = 0; i < LANES; ++i) S::store(to + t * LANES + i * W, v[i]);
+            }
+            to += LANES * CHUNK;
         }
     }
-    for (int g = 0; g < a.n_present; ++g) {
-        for (int first = a.begin[g]; first < a.end[g]; first += W) {
-            const int end = int(lesser(first + W, a.end[g]));
-            for (int k = 0; k < 3; ++k) {
-                for (int number = 0; number < n_items; number += W) {
-                    V rows[W];
-                    if (lanes > 1) items_in_lanes(k + 1, number, first, rows);
-                    for (int i = first; i < end; ++i) {
-                        T* to = out + (3 * a.edge[i] + k) * lanes + number;
-                        if (lanes > 1) S::store(to, S::load(to) + rows[i - first]);
-                        else *to += *of_slot(0, k + 1, i);
+}
+
+// numbers[group][a][z]: in the lanes LANES m + i, cotangent m of the group at (a, z + i).
+template <class T> template <int LANES> void Worker<T>::load_numbers(const Range& range, Items<const T> cotangent) {
+    const int block = angular_block(angular.species[range.first], angular.species[range.second]);
+    memset(coefficients, 0, sizeof(T) * n_items * group_size);
+    for (int m = 0; m < n_items; ++m) {
+        T* to = coefficients + m * group_size;
+        for (int a = 0; a < n_a; ++a) memcpy(to + a * shell_step, cotangent[m] + block + a * n_z, sizeof(T) * n_z);
+    }
+    for (int group = 0; group < n_groups; ++group) {
+        for (int i = 0; i < group_size; i += W) {
+            V rows[W];
+            for (int lane = 0; lane < W; ++lane) {
+                const int m = group * (W / LANES) + lane / LANES;
+                rows[lane] = m < n_items ? S::load(coefficients + m * group_size + i + lane % LANES) : V{};
+            }
+            S::transpose(rows);
+            for (int q = 0; q < W; ++q) numbers[group * group_size + i + q] = rows[q];
+        }
+    }
+}
+
+// Add up what the pairs of these segments do to their neighbours, by the angles of N rows from `row` on.
+template <class T> template <int LANES, int N>
+void Worker<T>::contract_items(const Segment* segment, const Segment* end, int group, int row) {
+    // Copies, as above.
+    const V* const of_group = numbers + group * group_size + row * LANES;
+    const T *const of_shells = R, *const of_angles = angles_of_pair + row * LANES * ROW, *const factors = this->factors;
+    const Int* const in_reach = this->in_reach;
+    V* const pulled = this->pulled + group * PULLS;
+    const size_t slot_step = n_groups * PULLS, shell_step = this->shell_step;
+    for (; segment < end; ++segment) {
+        V sum[PULLS] = {}, by_first[PULLS], *second = pulled + segment->k * slot_step;
+        for (int q = 0; q < PULLS; ++q) by_first[q] = V{} + factors[PULLS * segment->j + q];
+        const T *shells = of_shells + segment->at, *angles = of_angles + segment->at * LANES;
+        const T* by_second = factors + PULLS * segment->k;
+        const Int* pair = in_reach + segment->at;
+        for (const Int* last = pair + segment->n; pair < last; ++pair) {
+            const T* r = shells + pair[0];
+            const V* g = of_group + pair[2 * CHUNK];
+            V left[N] = {}, dleft[N] = {};
+            for (Int a = pair[CHUNK]; a > 0; a -= 2) {
+                for (int each = 0; each < 2; ++each) {
+                    for (int q = 0; q < N; ++q) {
+                        const V factor = S::held(g[q * LANES]);
+                        left[q] += factor * r[each * ROW], dleft[q] += factor * r[each * ROW + CHUNK];
                     }
+                    g += shell_step;
+                }
+                r += 2 * ROW;
+            }
+            V value{}, by_r{}, by_cosine{};
+            for (int q = 0; q < N; ++q) {
+                const T* z = angles + q * LANES * ROW;
+                const V bend = S::template repeat<LANES>(z), slope = S::template repeat<LANES>(z + LANES * CHUNK);
+                value += left[q] * bend, by_r += dleft[q] * bend, by_cosine += left[q] * slope;
+            }
+            const V pull[PULLS] = {value, by_r, by_cosine, by_cosine, by_cosine};
+            for (int q = 0; q < PULLS; ++q) sum[q] += pull[q] * by_second[q], second[q] += pull[q] * by_first[q];
+            shells += 1, angles += LANES, second += slot_step, by_second += PULLS;
+        }
+        for (int q = 0; q < PULLS; ++q) pulled[segment->j * slot_step + q] += sum[q];
+    }
+}
+
+// dE/dvec as by add_angular, with dE/dr = value dfc + by_r fc / 2, added to out (n_edges, 3, lanes).
+template <class T> template <int LANES> void Worker<T>::add_items(T* out) {
+    const Neighbours<T>& a = angular;
+    for (int g = 0; g < a.n_present; ++g) {
+        for (int i = a.begin[g]; i < a.end[g]; ++i) {
+            const T fc = a.fc[i], u[3] = {a.x[i], a.y[i], a.z[i]};
+            for (int group = 0; group < n_groups; ++group) {
+                V sum[PULLS], along{};
+                for (int q = 0; q < PULLS; ++q) sum[q] = S::template sums_of<LANES>(pulled[(i * n_groups + group) * PULLS + q]);
+                for (int k = 0; k < 3; ++k) sum[2 + k] *= fc * a.inverse[i], along -= sum[2 + k] * u[k];
+                along += sum[0] * a.dfc[i] + sum[1] * (fc / 2);
+                for (int k = 0; k < 3; ++k) {
+                    T* to = out + (3 * a.edge[i] + k) * lanes + group * (W / LANES);
+                    S::store(to, S::load(to) + along * u[k] + sum[2 + k]);
                 }
             }
         }
@@ -760,9 +932,9 @@ template <class T> void Worker<T>::tangent_factors(int n, int item) {
         V alpha = S::load(by_r + t), beta = S::load(by_r + CHUNK + W + t);
         V gamma = S::load(by_r + 2 * (CHUNK + W) + t);
         for (int a = 0; a < n_a; ++a) {
-            S::store(U + a * CHUNK + t, alpha * S::load(dR + a * CHUNK + t) + beta * S::load(R + a * CHUNK + t));
+            S::store(U + a * ROW + t, alpha * S::load(dR + a * ROW + t) + beta * S::load(R + a * ROW + t));
         }
-        for (int z = 0; z < n_z; ++z) S::store(dU + z * CHUNK + t, gamma * S::load(dZ + z * CHUNK + t));
+        for (int z = 0; z < n_z; ++z) S::store(dU + z * ROW + t, gamma * S::load(dZ + z * ROW + t));
     }
 }
 
@@ -790,21 +962,8 @@ template <class T> void Worker<T>::vjp(int n_edges, Items<const T> cotangent, T*
     for (; item + 4 <= n_items; item += 4) radial_vjp<4>(cotangent, item);
     for (; item < n_items; ++item) radial_vjp<1>(cotangent, item);
     store_radial(out);
-    memset(per_slot, 0, sizeof(T) * 4 * n_items * angular.n_slots);
-    memset(of_first, 0, sizeof(T) * first_step() * angular.n_slots);
-    for_each_chunk([&](int j, int k, int n, int at) { pair_geometry(j, k, n, at); },
-        [&](int n) {
-            features<true>(n);
-            for (const Range* range = ranges; range < ranges + n_ranges; ++range) {
-                if (range->is_first) load_coefficients(*range, cotangent);
-                contract(*range);
-            }
-            int m = 0;
-            for (; m + TOGETHER <= n_items; m += TOGETHER) scatter<TOGETHER>(m);
-            for (; m < n_items; ++m) scatter<1>(m);
-        });
-    add_first();
-    add_angular(out);
+    if (n_items > 1) vjp_of_items(cotangent, out);
+    else if (n_items == 1) vjp_of_one(cotangent[0], out);
 }
 
 template <class T> void Worker<T>::jvp(Items<const T> tangent, Items<T> out) {

@@ -87,9 +87,43 @@ template <class T> struct Simd {
     static INLINE V max(V a, T bound);                // what is not a number stays so
     static INLINE V sqrt(V x);
 
+    // The vector in a register, where a compiler would rather load it anew for each use.
+    static INLINE V held(V v) {
+#if defined(__SSE2__)
+        asm("" : "+v"(v));
+#endif
+        return v;
+    }
+
     // Lanes [first, last), and the vector at p with zero in all others.
     static INLINE Mask lanes(int first, int last);
     static INLINE V load_masked(const T* p, Mask mask);
+
+    // The N numbers at p, over and over.
+    template <int N> static INLINE V repeat(const T* p) {
+        constexpr int SIZE = N * sizeof(T);
+        if constexpr (SIZE == sizeof(int64_t)) {
+            typedef int64_t Each __attribute__((vector_size(BYTES)));
+            int64_t number;
+            memcpy(&number, p, SIZE);
+            return reinterpret_cast<V>(Each{} + number);
+#if defined(__AVX512F__)
+        } else if constexpr (SIZE == 16) {
+            return (V)_mm512_maskz_broadcast_f32x4(0xffff, _mm_loadu_ps(reinterpret_cast<const float*>(p)));
+        } else if constexpr (SIZE == 32) {
+            return (V)_mm512_maskz_broadcast_f64x4(0xff, _mm256_loadu_pd(reinterpret_cast<const double*>(p)));
+#elif defined(__AVX2__)
+        } else if constexpr (SIZE == 16) {
+            return (V)_mm256_broadcast_ps(reinterpret_cast<const __m128*>(p));
+#endif
+        } else if constexpr (N == 1) {
+            return V{} + *p;
+        } else {
+            V out;
+            for (int i = 0; i < W; ++i) out[i] = p[i % N];
+            return out;
+        }
+    }
 
     template <int N> static INLINE V polynomial(V x, const T (&c)[N]) {
         V p = all(c[N - 1]);
@@ -102,15 +136,31 @@ template <class T> struct Simd {
 
     // 2^x; below the normal range 0 or the smallest normal number.
     static INLINE V exp2(V x) {
+        V each[1] = {x};
+        exp2(each);
+        return each[0];
+    }
+    // Side by side: each alone would wait for its own products.
+    template <int N> static INLINE void exp2(V (&x)[N]) {
+        constexpr int LAST = sizeof(C::EXP2) / sizeof(T) - 1;
+        V whole[N], p[N];
+        for (int i = 0; i < N; ++i) {
 #if defined(__AVX512F__)
-        V whole = round(x);
-        return scale(polynomial(x - whole, C::EXP2), whole);
+            whole[i] = round(x[i]), x[i] -= whole[i];
 #else
-        x = max(x, C::LOWEST_EXPONENT);
-        V shifted = x + C::ROUND;
-        V p = polynomial(x - (shifted - C::ROUND), C::EXP2);
-        return reinterpret_cast<V>(reinterpret_cast<I>(p) + (reinterpret_cast<I>(shifted) << C::MANTISSA_BITS));
+            x[i] = max(x[i], C::LOWEST_EXPONENT), whole[i] = x[i] + C::ROUND, x[i] -= whole[i] - C::ROUND;
 #endif
+            p[i] = all(C::EXP2[LAST]);
+        }
+        for (int k = LAST - 1; k >= 0; --k)
+            for (int i = 0; i < N; ++i) p[i] = p[i] * x[i] + C::EXP2[k];
+        for (int i = 0; i < N; ++i) {
+#if defined(__AVX512F__)
+            x[i] = scale(p[i], whole[i]);
+#else
+            x[i] = reinterpret_cast<V>(reinterpret_cast<I>(p[i]) + (reinterpret_cast<I>(whole[i]) << C::MANTISSA_BITS));
+#endif
+        }
     }
 
     // log2(x) of a normal, positive x.
@@ -148,6 +198,19 @@ template <class T> struct Simd {
     // Lane i becomes the sum of the lanes of v[i]: a transposition whose every step adds.
     static INLINE V sums(V (&v)[W]) { return sums_from<1>(v); }
 
+    // Lane i of v[0], that of v[1], and so on, then lane i + 1 of all of them.
+    template <int N> static INLINE void zip(V (&v)[N]) {
+        for (int done = 1; done < N; done *= 2) {
+            V next[N];
+            for (int i = 0; i < N; ++i) next[i] = v[i % 2 * (N / 2) + i / 2];
+            for (int i = 0; i < N; i += 2) zip(next[i], next[i + 1], std::make_integer_sequence<int, W>{});
+            for (int i = 0; i < N; ++i) v[i] = next[i];
+        }
+    }
+
+    // Lane i becomes the sum of lanes N i to N i + N - 1.
+    template <int N> static INLINE V sums_of(V v) { return sums_of<N>(v, std::make_integer_sequence<int, W>{}); }
+
     // Of all lanes.
     static INLINE T least(V v) { return least_from<W / 2>(v, std::make_integer_sequence<int, W>{}); }
 
@@ -166,6 +229,16 @@ private:
                 if (!(i & D)) exchange<D>(v[i], v[i | D], std::make_integer_sequence<int, W>{});
             transpose_from<2 * D>(v);
         }
+    }
+    template <int... I> static INLINE void zip(V& a, V& b, std::integer_sequence<int, I...>) {
+        const V low = __builtin_shufflevector(a, b, (I % 2 ? W + I / 2 : I / 2)...);
+        b = __builtin_shufflevector(a, b, ((I % 2 ? W : 0) + W / 2 + I / 2)...), a = low;
+    }
+    template <int N, int... I> static INLINE V sums_of(V v, std::integer_sequence<int, I...>) {
+        if constexpr (N > 1) v += __builtin_shufflevector(v, v, (I ^ 1)...);
+        if constexpr (N > 2) v += __builtin_shufflevector(v, v, (I ^ 2)...);
+        if constexpr (N > 4) v += __builtin_shufflevector(v, v, (I ^ 4)...);
+        return __builtin_shufflevector(v, v, (I * N % W)...);
     }
     // Pairs of lanes that differ in bit D, those of `a` where it is clear and those of `b` where it is set: half of it a
     // choice, which is cheaper than a permutation.
@@ -214,6 +287,16 @@ private:
         V total;
         for (int i = 0; i < W; ++i) total[i] = sum(v[i]);
         return total;
+    }
+    template <int N> static INLINE void zip(V (&v)[N]) {
+        V out[N];
+        for (int i = 0; i < N * W; ++i) out[i / W][i % W] = v[i % N][i / N];
+        for (int i = 0; i < N; ++i) v[i] = out[i];
+    }
+    template <int N> static INLINE V sums_of(V v) {
+        V out{};
+        for (int i = 0; i < W; ++i) out[i / N] += v[i];
+        return out;
     }
     static INLINE T least(V v) {
         T found = v[0];

@@ -116,6 +116,25 @@ def test_aev_and_vjp_agree_with_the_reference_whatever_zeta_is(zeta: float, dtyp
     assert gap(vjp, vjp_truth.numpy()) < 4 * TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("n_items", [2, 3, 8, 17])
+@pytest.mark.parametrize(
+    ("n_shells", "n_angles", "eta", "zeta"),
+    [(8, 8, 6.5, 69.4), (1, 1, 6.5, 69.4), (7, 3, 90.0, 300.0), (10, 24, 90.0, 300.0), (4, 9, 8.0, 14.1)],
+    ids=["ANI-Al", "one of each", "narrow", "narrow and many", "wide"],
+)
+def test_vjp_of_items_takes_all_shifts_within_reach(
+    n_shells: int, n_angles: int, eta: float, zeta: float, n_items: int, simd: str
+) -> None:
+    shells = tuple(1.0 + 2.4 * i / n_shells for i in range(n_shells))
+    angles = tuple((i + 0.5) * math.pi / n_angles for i in range(n_angles))
+    p = replace(SMALL, angular_shifts=shells, angle_shifts=angles, eta_angular=eta, zeta=zeta)
+    vec, row, species = environments([25, 0, 1, 12], p)
+    cotangent = torch.randn(n_items, len(row) - 1, p.length, dtype=torch.float64, generator=torch.manual_seed(1))
+    truth = reference.aev_vjp(vec, row, species, cotangent, p).numpy()
+    for dtype in (torch.float64, torch.float32):
+        assert gap(native.aev_vjp(vec.to(dtype), row, species, cotangent.to(dtype), p), truth) < 4 * TOLERANCE[dtype]
+
+
 @pytest.mark.parametrize("n_items", [1, 2, 4, 5, 8, 9])
 def test_vjp_agrees_with_finite_differences(n_items: int, simd: str) -> None:
     vec, row, species = environments([9, 1, 0, 6], SMALL)
