@@ -257,7 +257,7 @@ private:
     void find_radial_spans();
     void radial_forward(T* out);
     template <int M> void radial_vjp(Items<const T> cotangent, int item);
-    void items_in_lanes(int quantity, int number, int i, V (&rows)[W]);
+    void items_in_lanes(int number, int i, V (&rows)[W]);
     void store_radial(T* out);
     template <int M> void radial_jvp(Items<T> out, int item);
     void load_coefficients(const Range& range, const T* cotangent);
@@ -385,9 +385,9 @@ template <class T> template <int M> void Worker<T>::radial_vjp(Items<const T> co
     }
 }
 
-// A quantity of W items from `number` on, zero beyond the last: a vector of items for each slot from i on.
-template <class T> INLINE void Worker<T>::items_in_lanes(int quantity, int number, int i, V (&rows)[W]) {
-    for (int q = 0; q < W; ++q) rows[q] = number + q < n_items ? S::load(of_slot(number + q, quantity, i)) : V{};
+// dE/dr of W items from `number` on, zero beyond the last: a vector of items for each slot from i on.
+template <class T> INLINE void Worker<T>::items_in_lanes(int number, int i, V (&rows)[W]) {
+    for (int q = 0; q < W; ++q) rows[q] = number + q < n_items ? S::load(of_slot(number + q, 0, i)) : V{};
     S::transpose(rows);
 }
 
@@ -399,7 +399,7 @@ template <class T> void Worker<T>::store_radial(T* out) {
             const int end = int(lesser(first + W, a.end[g]));
             for (int number = 0; number < n_items; number += W) {
                 V rows[W];
-                if (lanes > 1) items_in_lanes(0, number, first, rows);
+                if (lanes > 1) items_in_lanes(number, first, rows);
                 for (int i = first; i < end; ++i) {
                     T* to = out + 3 * a.edge[i] * lanes + number;
                     if (lanes > 1) {

@@ -195,9 +195,6 @@ template <class T> struct Simd {
     // Lane i of v[k] becomes lane k of v[i].
     static INLINE void transpose(V (&v)[W]) { transpose_from<1>(v); }
 
-    // Lane i becomes the sum of the lanes of v[i]: a transposition whose every step adds.
-    static INLINE V sums(V (&v)[W]) { return sums_from<1>(v); }
-
     // Lane i of v[0], that of v[1], and so on, then lane i + 1 of all of them.
     template <int N> static INLINE void zip(V (&v)[N]) {
         for (int done = 1; done < N; done *= 2) {
@@ -240,19 +237,6 @@ private:
         if constexpr (N > 4) v += __builtin_shufflevector(v, v, (I ^ 4)...);
         return __builtin_shufflevector(v, v, (I * N % W)...);
     }
-    // Pairs of lanes that differ in bit D, those of `a` where it is clear and those of `b` where it is set: half of it a
-    // choice, which is cheaper than a permutation.
-    template <int D, int... I> static INLINE V add_pairs(V a, V b, std::integer_sequence<int, I...>) {
-        return __builtin_shufflevector(a, b, (I & D ? W + I : I)...) +
-               __builtin_shufflevector(a, b, (I & D ? W + I - D : I + D)...);
-    }
-    template <int D> static INLINE V sums_from(V (&v)[W]) {
-        if constexpr (D == W) return v[0];
-        else {
-            for (int i = 0; i < W; i += 2 * D) v[i] = add_pairs<D>(v[i], v[i + D], std::make_integer_sequence<int, W>{});
-            return sums_from<2 * D>(v);
-        }
-    }
     template <int D, int... I> static INLINE T least_from(V v, std::integer_sequence<int, I...> lanes) {
         const V other = __builtin_shufflevector(v, v, (I ^ D)...);
         v = other < v ? other : v;
@@ -282,11 +266,6 @@ private:
         for (int i = 0; i < W; ++i)
             for (int k = 0; k < W; ++k) rows[i][k] = v[k][i];
         for (int i = 0; i < W; ++i) v[i] = rows[i];
-    }
-    static INLINE V sums(V (&v)[W]) {
-        V total;
-        for (int i = 0; i < W; ++i) total[i] = sum(v[i]);
-        return total;
     }
     template <int N> static INLINE void zip(V (&v)[N]) {
         V out[N];
